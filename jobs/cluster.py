@@ -1,0 +1,68 @@
+"""Ray: where the job runs, and what of it each network gets."""
+
+import logging
+import math
+import os
+from typing import NamedTuple
+
+import ray
+
+__all__ = ["Allotment", "allot", "rows_per_shard", "start_ray"]
+
+_EMBEDDED_CPUS_MIN = 4
+_SHARD_ROWS_MAX = 512
+
+TASK_CPUS = 0.25
+"""What a task that decodes or writes reserves: it shares its core with an explaining actor."""
+
+
+class Allotment(NamedTuple):
+    """What each network's pool gets: so many actors, each with so many CPUs and GPUs."""
+
+    actors: int
+    num_cpus: float
+    num_gpus: float
+
+
+def start_ray() -> None:
+    """Join the cluster there is, or start one inside this process, without a dashboard."""
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    try:
+        ray.init(address="auto", **quiet)
+    except ConnectionError:
+        cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)
+        ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def allot(networks: int) -> Allotment:
+    """Divide the cluster among the pools of a chain, which all hold their actors at once.
+
+    With GPUs, an actor takes a whole one, or its share where networks outnumber GPUs. Without, there
+    are as many actors as cores, each with one thread, and half of the logical CPUs are left to the
+    tasks that decode and write.
+    """
+    gpus = int(ray.cluster_resources().get("GPU", 0))
+    if gpus:
+        actors = max(gpus // networks, 1)
+        return Allotment(actors, 1.0, 1.0 if gpus >= networks else _share(gpus, networks))
+    cpus = _cores()
+    actors = max(cpus // networks, 1)
+    return Allotment(actors, min(0.5, _share(cpus, 2 * networks * actors)), 0.0)
+
+
+def _cores() -> int:
+    cpus = int(ray.cluster_resources().get("CPU", 1))
+    # An embedded Ray may have been given more logical CPUs than there are cores.
+    nodes = ray.nodes()
+    return min(cpus, os.cpu_count() or 1) if len(nodes) == 1 else cpus
+
+
+def _share(whole: float, parts: int) -> float:
+    return math.floor(1000 * whole / parts) / 1000
+
+
+def rows_per_shard(images: int, allotment: Allotment) -> int:
+    """Images per shard: at least four shards per actor in a small run, a bounded size in a large."""
+    return max(1, min(math.ceil(images / (4 * allotment.actors)), _SHARD_ROWS_MAX))

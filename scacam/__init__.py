@@ -1,0 +1,50 @@
+"""Class activation maps: every method and every class from one forward pass.
+
+>>> import scacam
+>>> network = scacam.load_network("resnet50", weights="DEFAULT")
+>>> explanation = scacam.Explainer(network)(images)
+
+Importing this package loads nothing slow; its parts load when they are first used.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from scacam.errors import ImageError, NetworkError, RunError, ScacamError
+
+if TYPE_CHECKING:
+    from scacam import methods
+    from scacam.explainer import Explainer, Explanation
+    from scacam.images import Preprocessing
+    from scacam.networks import Network, load_network
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Explainer",
+    "Explanation",
+    "ImageError",
+    "Network",
+    "NetworkError",
+    "Preprocessing",
+    "RunError",
+    "ScacamError",
+    "load_network",
+    "methods",
+]
+
+_HOMES = {
+    "Explainer": "scacam.explainer",
+    "Explanation": "scacam.explainer",
+    "Network": "scacam.networks",
+    "Preprocessing": "scacam.images",
+    "load_network": "scacam.networks",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name == "methods":
+        return import_module("scacam.methods")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'scacam' has no attribute {name!r}")

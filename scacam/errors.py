@@ -1,0 +1,23 @@
+"""The exceptions of scacam. Each message names the input it is about and says what to do."""
+
+__all__ = ["ImageError", "NetworkError", "RunError", "ScacamError"]
+
+
+class ScacamError(Exception):
+    """Base of every error that scacam raises on purpose."""
+
+
+class ImageError(ScacamError):
+    """One image cannot be explained; the others can."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class NetworkError(ScacamError):
+    """A network, its weights or its target layer cannot be used as asked."""
+
+
+class RunError(ScacamError):
+    """A job cannot run, or a run cannot be read, as asked."""

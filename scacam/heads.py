@@ -1,0 +1,312 @@
+"""What lies between the features and the logits: the head, found by watching one forward pass.
+
+The target layer is the one whose output the classifier pools: the last with a spatial output. The
+autograd graph from that output to the logits then says, operation by operation, what the head is.
+The usual heads have a gradient in closed form, so that explaining a class costs no backward pass;
+every other head is differentiated by autograd.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scacam.errors import NetworkError
+
+__all__ = ["Anatomy", "Head", "TargetLayer", "capture", "examine"]
+
+# Their output is their input, or is pooled already: never the features.
+_NOT_FEATURES = (
+    nn.Identity,
+    nn.Flatten,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
+
+# Operations of the autograd graph, without their suffix `Backward0`.
+_SHAPING = {"Clone", "View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "AsStrided"}
+_POOLING = {"Mean", "AvgPool2D"}
+_LINEAR = {"Addmm", "Mm", "Linear", "Convolution", "MkldnnConvolution"}
+_OTHERS = {
+    "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "AdaptiveMaxPool2D", "MaxPool2DWithIndices",
+    "Relu", "LeakyRelu", "Elu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Tanh", "Sigmoid", "Mul",
+    "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm",
+    "Permute", "Transpose", "Pow", "Clamp",
+}  # fmt: skip
+_SINGLE_PATH = _SHAPING | _POOLING | _LINEAR | _OTHERS
+
+
+class TargetLayer(NamedTuple):
+    """A layer by name, and which of its calls in one forward pass is meant; the first is 0."""
+
+    name: str
+    call: int = 0
+
+
+@dataclass
+class Capture:
+    """The target layer's output `[B, C, h, w]`, safe from what runs after it."""
+
+    features: Tensor | None = None
+
+    def of(self, target: TargetLayer) -> Tensor:
+        """The features; raises NetworkError if the target layer did not run."""
+        if self.features is None:
+            raise NetworkError(f"layer {target.name!r} did not run in the forward pass")
+        return self.features
+
+
+@contextmanager
+def capture(module: nn.Module, target: TargetLayer, *, differentiable: bool) -> Iterator[Capture]:
+    """Capture the target layer's output in the forward pass run inside this context.
+
+    With `differentiable`, the features become the leaf from which the graph of the head starts:
+    run the module under `torch.no_grad()`, which is lifted once the features are there. The hook
+    is removed on exit, also after an exception.
+    """
+    captured = Capture()
+    calls = 0
+
+    def hook(_layer: nn.Module, _inputs: object, output: object) -> Tensor | None:
+        nonlocal calls
+        calls += 1
+        if calls != target.call + 1:
+            return None
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            raise NetworkError(
+                f"layer {target.name!r} gives {_described(output)}, not a spatial map "
+                "[batch, channels, h, w]; name another target layer"
+            )
+        captured.features = output.detach()
+        if differentiable:
+            torch.set_grad_enabled(True)
+            captured.features.requires_grad_()
+        # What runs next may work in place: it gets a copy.
+        return captured.features.clone()
+
+    handle = module.get_submodule(target.name).register_forward_hook(hook)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _find_target_layer(module: nn.Module, images: Tensor, name: str | None) -> TargetLayer:
+    """The named layer, else the last one with a spatial output before the classifier."""
+    calls: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+
+    def recorder(layer_name: str):  # type: ignore[no-untyped-def]
+        def hook(layer: nn.Module, _inputs: object, output: object) -> None:
+            calls.append((layer_name, layer, tuple(getattr(output, "shape", ()))))
+
+        return hook
+
+    layers = {layer_name: layer for layer_name, layer in module.named_modules() if layer_name}
+    if name is not None and name not in layers:
+        raise NetworkError(f"the network has no layer {name!r}; it has {_shortened(layers)}")
+    handles = [layer.register_forward_hook(recorder(key)) for key, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            logits = module(images)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise NetworkError(
+            f"the network returns {_described(logits)}, not logits [batch, classes]; "
+            "wrap it in a module that returns its logits"
+        )
+    if name is None:
+        name = _last_spatial(calls, classes=logits.shape[1])
+    return TargetLayer(name, sum(other == name for other, _, _ in calls) - 1)
+
+
+def _last_spatial(calls: list[tuple[str, nn.Module, tuple[int, ...]]], classes: int) -> str:
+    found = None
+    spatial = None
+    for name, layer, shape in calls:
+        if isinstance(layer, nn.Linear | nn.Conv2d) and shape[1:2] == (classes,):
+            found = spatial  # the classifier, unless another one follows
+        is_map = len(shape) == 4 and shape[2] * shape[3] > 1
+        if is_map and not isinstance(layer, _NOT_FEATURES):
+            spatial = name
+    if found is None:
+        raise NetworkError(
+            "the network has no layer with a spatial output [batch, channels, h, w] before a "
+            "linear or convolutional classifier; name a target layer"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the logits come from the features.
+
+    Attributes:
+        kind: `pooled` (global average pooling, then linear), `rectified` (a ReLU before that
+            pooling, as in DenseNet), `scores` (a 1 × 1 convolution to one score map per class,
+            ReLU, pooling, as in SqueezeNet), or `general`.
+        classifier: name of the layer whose weights are class weights on pooled features; None for
+            a general head.
+    """
+
+    kind: Literal["pooled", "rectified", "scores", "general"]
+    classifier: str | None
+
+    def class_weights(self, module: nn.Module) -> Tensor | None:
+        """Weights `[classes, C]` from pooled channels to logits, or None."""
+        if self.classifier is None:
+            return None
+        weight = module.get_submodule(self.classifier).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().flatten(1)
+
+    def gradients(
+        self, module: nn.Module, features: Tensor, logits: Tensor, class_ids: Tensor
+    ) -> Tensor:
+        """Gradients of the logits of some classes with respect to the features (Equation 4).
+
+        Args:
+            module: the network.
+            features: `[B, C, h, w]`; for a general head, the leaf that the logits come from.
+            logits: `[B, classes]`.
+            class_ids: `[B, K]`.
+
+        Returns:
+            `[B, K, C, h, w]`, or `[B, K, C, 1, 1]` where they do not depend on the position.
+        """
+        weights = self.class_weights(module)
+        if weights is None:
+            return _differentiate(logits, features, class_ids)
+        cells = features.shape[2] * features.shape[3]
+        per_cell = (weights[class_ids] / cells)[..., None, None]
+        if self.kind == "rectified":
+            return per_cell * (features > 0)[:, None]
+        if self.kind == "scores":
+            assert self.classifier is not None
+            scores = torch.einsum("bkc,bchw->bkhw", weights[class_ids], features)
+            bias = module.get_submodule(self.classifier).bias
+            if isinstance(bias, Tensor):
+                scores = scores + bias.detach()[class_ids][..., None, None]
+            return per_cell * (scores > 0)[:, :, None]
+        return per_cell
+
+
+def _differentiate(logits: Tensor, features: Tensor, class_ids: Tensor) -> Tensor:
+    """One backward pass through the head per explained class of the whole batch."""
+    chosen = logits.gather(1, class_ids).sum(0)
+    return torch.stack(
+        [torch.autograd.grad(logit, features, retain_graph=True)[0] for logit in chosen], dim=1
+    )
+
+
+class Anatomy(NamedTuple):
+    """What a look inside a network found.
+
+    Attributes:
+        target_layer: the layer whose output is explained.
+        head: what lies between that output and the logits.
+        straight: whether a single path of pooling, linear and pointwise operations leads from
+            there to the logits, so that it is what the classifier pools.
+        feature_shape: channels, height and width of that output.
+        num_classes: how many logits there are.
+    """
+
+    target_layer: TargetLayer
+    head: Head
+    straight: bool
+    feature_shape: tuple[int, int, int]
+    num_classes: int
+
+
+def examine(module: nn.Module, images: Tensor, target_layer: str | None = None) -> Anatomy:
+    """Find the target layer and what the head does: by its autograd graph, checked numerically.
+
+    Args:
+        module: a network that returns logits `[B, classes]`. It comes back as it was.
+        images: a batch of random values `[B, channels, H, W]`.
+        target_layer: a layer of the module; its last call is taken. Left out, it is the last layer
+            with a spatial output before the classifier, pooling layers aside.
+
+    Raises:
+        NetworkError: there is no such layer, the logits do not depend on it, or the module does
+            not return logits.
+    """
+    target = _find_target_layer(module, images, target_layer)
+    with _frozen(module):
+        with torch.no_grad(), capture(module, target, differentiable=True) as captured:
+            logits = module(images)
+        features = captured.of(target)
+        operations = _operations(logits, target)
+        head = _recognise(module, operations, features.shape[1], logits.shape[1])
+        if head.kind != "general":
+            class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
+            expected = _differentiate(logits, features, class_ids)
+            with torch.no_grad():
+                actual = head.gradients(module, features, logits, class_ids)
+            if not (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
+                head = Head("general", None)
+    channels, height, width = features.shape[1:]
+    return Anatomy(target, head, bool(operations), (channels, height, width), logits.shape[1])
+
+
+def _operations(logits: Tensor, target: TargetLayer) -> list[str]:
+    node = logits.grad_fn
+    if node is None:
+        raise NetworkError(f"the logits do not depend on layer {target.name!r}; name another")
+    operations: list[str] = []
+    while node is not None and node.name() != "torch::autograd::AccumulateGrad":
+        operation = node.name().split("Backward")[0].rstrip("0123456789")
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1 or operation not in _SINGLE_PATH:
+            return []
+        operations.append(operation)
+        node = parents[0]
+    return operations[::-1]
+
+
+def _recognise(module: nn.Module, operations: list[str], channels: int, classes: int) -> Head:
+    """The head by its operations; which layer classifies, by the shape of its weights."""
+    steps = "".join(
+        "p" if step in _POOLING else "l" if step in _LINEAR else "r" if step == "Relu" else "?"
+        for step in operations
+        if step not in _SHAPING
+    )
+    kinds = {"pl": "pooled", "lp": "pooled", "rpl": "rectified", "lrp": "scores"}
+    candidates = [
+        name
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and layer.weight.shape in ((classes, channels), (classes, channels, 1, 1))
+    ]
+    if steps not in kinds or not candidates:
+        return Head("general", None)
+    return Head(kinds[steps], candidates[-1])  # type: ignore[arg-type]
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside this context; after it, those that did do again."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+def _described(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {list(output.shape)}"
+    return f"a {type(output).__name__}"
+
+
+def _shortened(names: dict[str, nn.Module]) -> str:
+    shallow = [name for name in names if name.count(".") < 2]
+    return ", ".join(shallow[-12:])

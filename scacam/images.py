@@ -1,0 +1,140 @@
+"""From the bytes of an image to the pixels that a network sees.
+
+An image is upright (its EXIF orientation applied) and RGB or gray before anything else happens.
+The *view* is the rectangle of it, in its own pixels, that is resized to the network's input.
+"""
+
+import io
+import warnings
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from scacam.errors import ImageError
+
+__all__ = ["VIEWS", "Preprocessing", "View", "decode", "pixels", "view_of"]
+
+ViewName = Literal["center_crop", "whole_image"]
+VIEWS: tuple[ViewName, ...] = ("center_crop", "whole_image")
+
+_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+class View(NamedTuple):
+    """A rectangle in continuous pixels of the upright image: x to the right, y down."""
+
+    x0: float
+    y0: float
+    x1: float
+    y1: float
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a network wants its images: resized, centre-cropped, scaled to [0, 1] and normalised.
+
+    Attributes:
+        crop_size: height and width of the network's input.
+        resize_size: length of the image's shorter side before the centre crop.
+        interpolation: `bilinear` or `bicubic`, antialiased.
+        mean, std: one value per channel, of pixels in [0, 1]; one value alone means gray.
+    """
+
+    crop_size: tuple[int, int] = (224, 224)
+    resize_size: int = 256
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
+    std: tuple[float, ...] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
+            raise ValueError(f"mean and std need 1 or 3 values each, not {self.mean}, {self.std}")
+        if self.interpolation not in _RESAMPLING:
+            raise ValueError(f"interpolation is bilinear or bicubic, not {self.interpolation!r}")
+
+    @property
+    def channels(self) -> int:
+        """3 for RGB, 1 for gray."""
+        return len(self.mean)
+
+
+def decode(data: bytes) -> Image.Image:
+    """Decode an image file of any format that Pillow reads.
+
+    Args:
+        data: the bytes of the file. Of an animation, the first frame is taken.
+
+    Returns:
+        The upright image in mode `RGB`. 16-bit samples are scaled to 8 bits, alpha is dropped.
+
+    Raises:
+        ImageError: the bytes are no image, are broken, or hold more pixels than Pillow's limit
+            against decompression bombs allows.
+    """
+    if not data:
+        raise ImageError("empty", "the file has no bytes")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = Image.open(io.BytesIO(data))
+            image.load()
+            return _to_rgb(_upright(image))
+    except Image.DecompressionBombError as error:
+        raise ImageError("too_large", str(error)) from error
+    except Image.UnidentifiedImageError as error:
+        start = data[:16]
+        raise ImageError("not_an_image", f"no known image format; it begins {start!r}") from error
+    except Exception as error:  # a broken file makes Pillow's plugins raise almost anything
+        raise ImageError("corrupt", f"{type(error).__name__}: {error}") from error
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # unreadable metadata does not make the pixels unreadable
+        return image
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I"):
+        samples = np.asarray(image, dtype=np.int64)
+        image = Image.fromarray((samples.clip(0, 65535) // 257).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def view_of(width: int, height: int, preprocessing: Preprocessing, view: ViewName) -> View:
+    """Where a network looks in an image of this size.
+
+    `center_crop` is the network's published preprocessing: exactly the pixels that resizing the
+    shorter side to `resize_size` and cropping the centre would keep. `whole_image` squashes the
+    whole image to the network's input.
+    """
+    if view == "whole_image":
+        return View(0.0, 0.0, float(width), float(height))
+    crop_height, crop_width = preprocessing.crop_size
+    scale = max(preprocessing.resize_size / min(width, height), crop_width / width)
+    scale = max(scale, crop_height / height)
+    # torchvision truncates the resized longer side and rounds the crop's offset: so do we.
+    resized_width = max(int(width * scale + 1e-6), crop_width)
+    resized_height = max(int(height * scale + 1e-6), crop_height)
+    left = round((resized_width - crop_width) / 2)
+    top = round((resized_height - crop_height) / 2)
+    per_x, per_y = width / resized_width, height / resized_height
+    return View(
+        left * per_x,
+        top * per_y,
+        min((left + crop_width) * per_x, float(width)),
+        min((top + crop_height) * per_y, float(height)),
+    )
+
+
+def pixels(image: Image.Image, view: View, preprocessing: Preprocessing) -> np.ndarray:
+    """The view, resized to the network's input: uint8 `[height, width, channels]`."""
+    height, width = preprocessing.crop_size
+    if preprocessing.channels == 1:
+        image = image.convert("L")
+    # Pillow's filter reaches beyond the box, so this equals resizing the whole image and cropping.
+    resized = image.resize((width, height), _RESAMPLING[preprocessing.interpolation], box=view)
+    return np.asarray(resized).reshape(height, width, preprocessing.channels)

@@ -1,0 +1,100 @@
+"""Where a heatmap points: its peak and its box, in pixels of the original image.
+
+Post-processing, stated once: ReLU on the map where the method has one, bilinear upsampling without
+aligned corners to the network's input, division by the maximum.
+"""
+
+from functools import lru_cache
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+
+__all__ = ["BOX_THRESHOLD", "Localization", "box_of_region", "localize", "upsample"]
+
+BOX_THRESHOLD = 0.2
+"""Share of the maximum above which a cell belongs to the box (Zhou et al. 2016)."""
+
+
+class Localization(NamedTuple):
+    """Peaks and boxes of N heatmaps, NaN where there is none.
+
+    Attributes:
+        peaks: float32 `[N, 2]`: x, y, the centre of the largest cell (the first of equals).
+        boxes: float32 `[N, 4]`: x0, y0, x1, y1, half-open.
+    """
+
+    peaks: np.ndarray
+    boxes: np.ndarray
+
+
+def localize(
+    heatmaps: np.ndarray, relu: np.ndarray, views: np.ndarray, input_size: tuple[int, int]
+) -> Localization:
+    """Find the peak of each raw map, and the box of its largest region above 20 % of the maximum.
+
+    Args:
+        heatmaps: `[N, h, w]`, raw and signed, in any scale.
+        relu: bool `[N]`, whether the method applies a ReLU before it localizes.
+        views: `[N, 4]`, the view of each map in its original image: x0, y0, x1, y1.
+        input_size: height and width of the network's input, to which a map is upsampled.
+
+    Returns:
+        Coordinates in continuous pixels of the original image, x to the right, y down. A constant
+        map has neither peak nor box; a map without a positive value has no box.
+    """
+    heatmaps = np.ascontiguousarray(heatmaps, dtype=np.float32)
+    count, map_height, map_width = heatmaps.shape
+    height, width = input_size
+    flat = heatmaps.reshape(count, -1)
+    constant = flat.max(1) == flat.min(1)
+
+    rows, columns = np.divmod(flat.argmax(1), map_width)
+    cells = np.stack([(columns + 0.5) / map_width, (rows + 0.5) / map_height], axis=1)
+    peaks = _in_image(cells, views)
+    peaks[constant] = np.nan
+
+    boxes = np.full((count, 4), np.nan, dtype=np.float32)
+    kept = np.where(relu[:, None, None], heatmaps.clip(min=0), heatmaps)
+    for index in np.flatnonzero(~constant & (flat.max(1) > 0)):
+        upsampled = upsample(kept[index], input_size)
+        boxes[index] = box_of_region(upsampled > BOX_THRESHOLD * upsampled.max())
+    boxes /= np.array([width, height, width, height], dtype=np.float32)
+    corners = _in_image(boxes.reshape(count, 2, 2), views[:, None])
+    return Localization(peaks, corners.reshape(count, 4))
+
+
+def upsample(heatmap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize maps `[..., h, w]` bilinearly to a height and width, without aligned corners."""
+    rows = _interpolation(heatmap.shape[-2], size[0])
+    columns = _interpolation(heatmap.shape[-1], size[1])
+    return rows @ heatmap @ columns.T
+
+
+def box_of_region(mask: np.ndarray) -> tuple[int, int, int, int]:
+    """The half-open bounding box x0, y0, x1, y1 of the largest 8-connected region of a mask.
+
+    Of regions of equal size, the first in reading order counts. The mask must not be empty.
+    """
+    _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
+    x, y, width, height, _ = stats[1 + stats[1:, cv2.CC_STAT_AREA].argmax()]
+    return int(x), int(y), int(x + width), int(y + height)
+
+
+def _in_image(points: np.ndarray, views: np.ndarray) -> np.ndarray:
+    """From points `[..., 2]` in [0, 1] of the view to pixels of the original image."""
+    origin, corner = views[..., :2], views[..., 2:]
+    return (origin + points * (corner - origin)).astype(np.float32)
+
+
+@lru_cache(maxsize=64)
+def _interpolation(length: int, new_length: int) -> np.ndarray:
+    """The matrix `[new_length, length]` that interpolates linearly between the cells' centres."""
+    positions = (np.arange(new_length) + 0.5) * length / new_length - 0.5
+    positions = positions.clip(0, length - 1)
+    left = np.floor(positions).astype(np.int64).clip(max=max(length - 2, 0))
+    share = (positions - left).astype(np.float32)
+    matrix = np.zeros((new_length, length), dtype=np.float32)
+    matrix[np.arange(new_length), left] += 1 - share
+    matrix[np.arange(new_length), (left + 1).clip(max=length - 1)] += share
+    return matrix

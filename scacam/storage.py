@@ -1,0 +1,43 @@
+"""Where files are: a path, local or on object storage, to a filesystem and the path on it."""
+
+import os
+from functools import lru_cache
+
+from pyarrow import fs
+
+__all__ = ["join", "locate", "read_bytes"]
+
+
+def locate(path: str) -> tuple[fs.FileSystem, str]:
+    """The filesystem that holds a path, and the path as that filesystem wants it.
+
+    Args:
+        path: a local path, or `s3://bucket/key` with the key as it is, never percent-encoded.
+            Credentials, region and `AWS_ENDPOINT_URL` are taken from the environment.
+
+    Raises:
+        OSError: the bucket cannot be reached.
+        ValueError: the scheme is unknown.
+    """
+    scheme, separator, rest = path.partition("://")
+    if not separator:
+        return fs.LocalFileSystem(), os.path.abspath(path)
+    host, _, key = rest.partition("/")
+    return _filesystem(scheme, host), f"{host}/{key}" if scheme == "s3" else f"/{key}"
+
+
+@lru_cache(maxsize=32)
+def _filesystem(scheme: str, host: str) -> fs.FileSystem:
+    return fs.FileSystem.from_uri(f"{scheme}://{host or '/'}")[0]
+
+
+def join(folder: str, *names: str) -> str:
+    """Join path components with `/`, on any filesystem."""
+    return "/".join([folder.rstrip("/"), *names])
+
+
+def read_bytes(path: str) -> bytes:
+    """The content of a file. Raises OSError as the filesystem does."""
+    filesystem, inner_path = locate(path)
+    with filesystem.open_input_stream(inner_path) as file:
+        return file.read()

@@ -1,0 +1,118 @@
+"""Every Arrow schema: the manifest, explanations, errors; and heatmaps as they are stored.
+
+Plain Arrow types only, so that any Parquet reader opens a shard without scacam.
+"""
+
+import numpy as np
+import pyarrow as pa
+
+__all__ = [
+    "ERRORS",
+    "EXPLANATION",
+    "IMAGE",
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "explanations",
+    "pack_heatmaps",
+    "unpack_heatmaps",
+]
+
+SCHEMA_VERSION = 1
+
+MANIFEST = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        ("label", pa.int32()),
+    ]
+)
+
+ERRORS = pa.schema(
+    [
+        pa.field("image_id", pa.int64(), nullable=False),
+        pa.field("uri", pa.string(), nullable=False),
+        ("stage", pa.string()),
+        ("error", pa.string()),
+        ("message", pa.string()),
+    ]
+)
+
+IMAGE = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("width", pa.int32()),
+        ("height", pa.int32()),
+        ("label", pa.int32()),
+    ]
+)
+"""What the explanations of one image have in common."""
+
+EXPLANATION = pa.schema(
+    [
+        ("view_x0", pa.float32()),
+        ("view_y0", pa.float32()),
+        ("view_x1", pa.float32()),
+        ("view_y1", pa.float32()),
+        ("class_id", pa.int32()),
+        ("class_name", pa.string()),
+        ("rank", pa.int16()),
+        ("probability", pa.float32()),
+        ("method", pa.string()),
+        ("heatmap", pa.list_(pa.float16())),
+        ("map_height", pa.int16()),
+        ("map_width", pa.int16()),
+        ("scale", pa.float32()),
+        ("peak_x", pa.float32()),
+        ("peak_y", pa.float32()),
+        ("box_x0", pa.float32()),
+        ("box_y0", pa.float32()),
+        ("box_x1", pa.float32()),
+        ("box_y1", pa.float32()),
+    ]
+)
+"""One explanation, its heatmap still flat; stored, it is a `fixed_shape_tensor` of its shape."""
+
+
+def pack_heatmaps(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Store maps in half precision without underflow.
+
+    Args:
+        maps: raw maps `[..., h, w]`, finite.
+
+    Returns:
+        float16 heatmaps of the same shape whose largest magnitude is 1, and their float32 scales
+        `[...]`; raw map = heatmap · scale. An all-zero map has scale 0.
+    """
+    scales = np.abs(maps).max((-2, -1)).astype(np.float32)
+    divisors = np.where(scales > 0, scales, 1).astype(np.float64)
+    return (maps / divisors[..., None, None]).astype(np.float16), scales
+
+
+def unpack_heatmaps(heatmaps: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """The raw float32 maps `[..., h, w]` that were packed."""
+    return heatmaps.astype(np.float32) * scales[..., None, None].astype(np.float32)
+
+
+def explanations(images: pa.Table, lists: pa.ListArray, shape: tuple[int, int]) -> pa.Table:
+    """Unfold images into rows, one per class and method.
+
+    Args:
+        images: the columns of `IMAGE`, one row per image.
+        lists: for each image the list of its explanations, structs as in `EXPLANATION`.
+        shape: height and width of this network's heatmaps.
+
+    Returns:
+        The table as it is stored, with the columns of the output contract in their order.
+    """
+    rows = pa.Table.from_struct_array(lists.flatten())
+    parents = images.select(IMAGE.names).take(lists.value_parent_indices())
+    tensor = pa.fixed_shape_tensor(pa.float16(), shape)
+    values = rows["heatmap"].combine_chunks().flatten()
+    storage = pa.FixedSizeListArray.from_arrays(values, shape[0] * shape[1])
+    columns = {name: parents[name] for name in ("image_id", "uri", "width", "height")}
+    columns |= {name: rows[name] for name in EXPLANATION.names[:4]}
+    columns["label"] = parents["label"]
+    columns |= {name: rows[name] for name in EXPLANATION.names[4:]}
+    columns["heatmap"] = pa.ExtensionArray.from_storage(tensor, storage)
+    return pa.table(columns)
