@@ -3,7 +3,7 @@
 import logging
 import math
 import os
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ray
 
@@ -27,13 +27,14 @@ class Allotment(NamedTuple):
 def start_ray() -> None:
     """Join the cluster there is, or start one inside this process, without a dashboard."""
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": False}
+    quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
         ray.init(address="auto", **quiet)
     except ConnectionError:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are for operators
         cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
 def allot(networks: int) -> Allotment:
@@ -64,5 +65,5 @@ def _share(whole: float, parts: int) -> float:
 
 
 def rows_per_shard(images: int, allotment: Allotment) -> int:
-    """Images per shard: at least four shards per actor in a small run, a bounded size in a large."""
+    """Images per shard: four shards per actor in a small run, a bounded size in a large one."""
     return max(1, min(math.ceil(images / (4 * allotment.actors)), _SHARD_ROWS_MAX))

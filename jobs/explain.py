@@ -12,12 +12,13 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import partial
 from typing import Any
 
 import ray
 import ray.data
-from cluster import TASK_CPUS, Allotment, allot, rows_per_shard, start_ray
-from manifest import Manifest, read_manifest, refuse_unknown_labels, write_manifest
+from cluster import TASK_CPUS, allot, rows_per_shard, start_ray
+from inputs import Manifest, read_manifest, refuse_unknown_labels, write_manifest
 from progress import Tally, shown
 from record import (
     describe_methods,
@@ -196,7 +197,7 @@ def explain(
     context.wait_for_min_actors_s = _STALLED_S
     context.execution_no_progress_timeout_s = _STALLED_S
 
-    tally = Tally.remote()
+    tally = Tally.remote()  # type: ignore[attr-defined]
     stream = ray.data.read_parquet(manifest_path, num_cpus=TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(
@@ -209,8 +210,8 @@ def explain(
         last = index == len(networks) - 1
         stream = stream.map_batches(
             Explain,
-            fn_constructor_args=(ray.put(network),),
             fn_constructor_kwargs={
+                "load": partial(ray.get, ray.put(network)),
                 "methods": options.methods,
                 "top_k": options.top_k,
                 "explain_label": options.explain_label,
@@ -226,7 +227,10 @@ def explain(
             num_gpus=allotment.num_gpus or None,
         )
     stream = stream.map_batches(
-        Localize({network.name: network.preprocessing.crop_size for network in networks}),
+        Localize(
+            {network.name: network.preprocessing.crop_size for network in networks},
+            rectified=[name for name, method in METHODS.items() if method.relu],
+        ),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,

@@ -1,4 +1,4 @@
-"""How far a job is: a line that rewrites itself on a terminal, a log line now and then elsewhere."""
+"""How far a job is: on a terminal a line that rewrites itself, elsewhere a log line at times."""
 
 import logging
 import sys

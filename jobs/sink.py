@@ -60,7 +60,7 @@ class ShardSink(BlockBasedFileDatasink):
         with self.open_output_stream(join(path, name)) as file:
             pyarrow.parquet.write_table(rows, file, compression="zstd")
 
-    def on_write_complete(self, write_result: WriteResult[Written]) -> None:
+    def on_write_complete(self, write_result: WriteResult[Written]) -> None:  # type: ignore[override]
         """Add up what the tasks wrote."""
         returns: Sequence[Written] = write_result.write_returns
         for part in returns:

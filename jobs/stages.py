@@ -5,22 +5,22 @@ One row is one image all the way. What goes wrong with an image is written into 
 `explanations N`, for each image a list of structs as in `scacam.tables.EXPLANATION`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from scacam.errors import ImageError
 from scacam.images import Preprocessing, ViewName, decode, pixels, view_of
 from scacam.localization import localize
-from scacam.methods import METHODS
-from scacam.networks import Network
 from scacam.storage import read_bytes
 from scacam.tables import EXPLANATION, pack_heatmaps, unpack_heatmaps
+
+if TYPE_CHECKING:
+    from scacam.networks import Network
 
 __all__ = ["Decode", "Explain", "Localize", "explanations_column", "sampling_of"]
 
@@ -100,7 +100,7 @@ class Explain:
 
     def __init__(
         self,
-        network: "ray.ObjectRef[Network]",
+        load: "Callable[[], Network]",
         *,
         methods: Sequence[str],
         top_k: int,
@@ -110,10 +110,10 @@ class Explain:
         batch_size: int,
         tally: Any = None,
     ) -> None:
-        """Take the network from the object store, to the GPU if the actor has one.
+        """Take the network, to the GPU if the actor has one.
 
         Args:
-            network: the network.
+            load: gets the network.
             methods: the methods to compute, of which unsupported ones are left out.
             top_k: how many classes to explain.
             explain_label: whether to explain the labelled class as well.
@@ -129,7 +129,7 @@ class Explain:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         if self.device.type == "cpu":
             torch.set_num_threads(1)  # as many actors as cores, each with one thread
-        self.network = ray.get(network)
+        self.network = load()
         self.network.module.to(self.device)
         self.explainer = Explainer(self.network, methods, top_k)
         self.explain_label = explain_label
@@ -247,6 +247,8 @@ class Localize:
 
     input_sizes: dict[str, tuple[int, int]]
     """Height and width of the input, by network."""
+    rectified: Collection[str]
+    """The methods that apply a ReLU before they localize."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Fill in the locations of one block."""
@@ -255,7 +257,7 @@ class Localize:
             lists = batch[name].combine_chunks()
             rows = pa.Table.from_struct_array(lists.flatten())
             if len(rows):
-                rows = _located(rows, input_size)
+                rows = _located(rows, input_size, self.rectified)
             structs = rows.cast(EXPLANATION).to_struct_array()
             structs = structs.combine_chunks() if structs.num_chunks else _no_explanations()
             lengths = lists.value_lengths().fill_null(0).to_numpy()
@@ -265,11 +267,11 @@ class Localize:
         return batch
 
 
-def _located(rows: pa.Table, input_size: tuple[int, int]) -> pa.Table:
+def _located(rows: pa.Table, input_size: tuple[int, int], rectified: Collection[str]) -> pa.Table:
     shape = (rows["map_height"][0].as_py(), rows["map_width"][0].as_py())
     packed = rows["heatmap"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
     heatmaps = unpack_heatmaps(packed, rows["scale"].to_numpy())
-    relu = np.array([METHODS[name].relu for name in rows["method"].to_pylist()])
+    relu = np.array([name in rectified for name in rows["method"].to_pylist()])
     views = np.stack([rows[name].to_numpy() for name in EXPLANATION.names[:4]], axis=1)
     peaks, boxes = localize(heatmaps, relu, views, input_size)
     for name, values in zip(_LOCATION, np.concatenate([peaks, boxes], axis=1).T, strict=True):

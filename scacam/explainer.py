@@ -20,7 +20,7 @@ class Explanation:
 
     Attributes:
         logits: `[B, classes]`.
-        class_ids: int64 `[B, K]`, the top classes in falling order, then the label if one was given.
+        class_ids: int64 `[B, K]`, the top classes in falling order, then the label if given.
         heatmaps: by method, `[B, K, h, w]`: raw, signed, before any ReLU. A method that the network
             does not support has no key.
     """

@@ -5,7 +5,7 @@ All functions share one signature, `(features, gradients, class_weights) -> maps
 * features `A`: `[B, C, h, w]`, the output of the target layer.
 * gradients `G`: `[B, K, C, h, w]`, of the K explained classes' logits with respect to `A`; or
   `[B, K, C, 1, 1]` where they are the same at every position, as under global average pooling.
-* class weights `w`: `[B, K, C]`, of the linear classifier on pooled features; None if there is none.
+* class weights `w`: `[B, K, C]`, of the linear classifier on pooled features, or None.
 * maps: `[B, K, h, w]`, raw and signed. ReLU, upsampling and normalisation come later, by name.
 
 To add a method: write its function here, give it a row in `METHODS`, and test it.

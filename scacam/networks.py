@@ -222,7 +222,7 @@ def _from_zoo(
         module = _initialised(entry.build, weights)
     else:
         raise NetworkError(
-            f"{name} has no weights {weights!r}; it has DEFAULT, random, or the path of a checkpoint"
+            f"{name} has no weights {weights!r}; it has DEFAULT, random, or a checkpoint"
         )
     imagenet = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
     return Network(
