@@ -40,9 +40,9 @@ def start_ray() -> None:
 def allot(networks: int) -> Allotment:
     """Divide the cluster among the pools of a chain, which all hold their actors at once.
 
-    With GPUs, an actor takes a whole one, or its share where networks outnumber GPUs. Without, there
-    are as many actors as cores, each with one thread, and half of the logical CPUs are left to the
-    tasks that decode and write.
+    With GPUs, an actor takes a whole one, or its share where networks outnumber GPUs. Without,
+    there are as many actors as cores, each with one thread, and half of the logical CPUs are left
+    to the tasks that decode and write.
     """
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if gpus:
