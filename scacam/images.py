@@ -135,6 +135,6 @@ def pixels(image: Image.Image, view: View, preprocessing: Preprocessing) -> np.n
     height, width = preprocessing.crop_size
     if preprocessing.channels == 1:
         image = image.convert("L")
-    # Pillow's filter reaches beyond the box, so this equals resizing the whole image and cropping.
+    # Pillow's filter reaches beyond the box: the same as to resize the whole image, then crop.
     resized = image.resize((width, height), _RESAMPLING[preprocessing.interpolation], box=view)
     return np.asarray(resized).reshape(height, width, preprocessing.channels)

@@ -1,0 +1,48 @@
+"""What the tests share: images that they make themselves, and one embedded Ray."""
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+
+@pytest.fixture
+def photo() -> Callable[..., Image.Image]:
+    """Makes smooth random images: `photo(width, height, seed)`."""
+
+    def make(width: int = 300, height: int = 200, seed: int = 0) -> Image.Image:
+        rng = np.random.default_rng(seed)
+        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+    return make
+
+
+@pytest.fixture
+def photo_bytes(photo: Callable[..., Image.Image]) -> Callable[..., bytes]:
+    """The same as the bytes of a file: `photo_bytes(format, width, height, seed)`."""
+
+    def make(format: str = "PNG", width: int = 300, height: int = 200, seed: int = 0) -> bytes:
+        buffer = io.BytesIO()
+        photo(width, height, seed).save(buffer, format)
+        return buffer.getvalue()
+
+    return make
+
+
+@pytest.fixture
+def photo_folder(tmp_path: Path, photo_bytes: Callable[..., bytes]) -> Callable[[int], Path]:
+    """A folder of JPEGs of differing sizes: `photo_folder(count)`."""
+
+    def make(count: int) -> Path:
+        folder = tmp_path / "photos"
+        folder.mkdir(exist_ok=True)
+        for seed in range(count):
+            data = photo_bytes("JPEG", 200 + 10 * (seed % 7), 180 + 15 * (seed % 5), seed)
+            (folder / f"photo {seed:04d}.jpg").write_bytes(data)
+        return folder
+
+    return make

@@ -1,0 +1,103 @@
+"""Peaks and boxes, worked out by hand."""
+
+import numpy as np
+import torch
+from scipy import ndimage
+
+from scacam.localization import box_of_region, localize, upsample
+
+
+def one(heatmap, relu=False, view=(0, 0, 8, 8), input_size=(8, 8)):
+    peaks, boxes = localize(
+        np.array([heatmap], dtype=float), np.array([relu]), np.array([view], float), input_size
+    )
+    return peaks[0].tolist(), boxes[0].tolist()
+
+
+def test_a_single_cell_at_the_networks_own_resolution():
+    heatmap = np.zeros((4, 4))
+    heatmap[1, 2] = 5
+    # At 4 × 4 input no upsampling: cell (row 1, column 2) is x 2..3, y 1..2.
+    assert one(heatmap, view=(0, 0, 4, 4), input_size=(4, 4)) == ([2.5, 1.5], [2, 1, 3, 2])
+
+
+def test_coordinates_are_those_of_the_original_image():
+    heatmap = np.zeros((4, 4))
+    heatmap[1, 2] = 5
+    # The view is 40 × 80 pixels and begins at (10, 20).
+    peak, box = one(heatmap, view=(10, 20, 50, 100), input_size=(4, 4))
+    assert peak == [35, 50]
+    assert box == [30, 40, 40, 60]
+
+
+def test_upsampling_spreads_the_box_bilinearly():
+    # 2 × 2 to 4 × 4 without aligned corners: rows and columns weigh 0.75 and 0.25 inside.
+    heatmap = [[1, 0], [0, 0]]
+    np.testing.assert_allclose(upsample(np.array(heatmap, float), (4, 4))[0], [1, 0.75, 0.25, 0])
+    # 0.25 · 0.75 = 0.1875 is below 20 %, 0.25 · 1 and 0.75 · 0.75 are above.
+    assert one(heatmap, view=(0, 0, 4, 4), input_size=(4, 4)) == ([1, 1], [0, 0, 3, 3])
+
+
+def test_upsampling_is_torchs():
+    maps = np.random.default_rng(0).standard_normal((3, 7, 5)).astype(np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(maps)[None], size=(64, 96), mode="bilinear", align_corners=False
+    )
+    np.testing.assert_allclose(upsample(maps, (64, 96)), expected[0], atol=1e-6)
+
+
+def test_the_largest_region_counts_not_the_one_with_the_peak():
+    heatmap = np.zeros((8, 8))
+    heatmap[0, 0] = 10
+    heatmap[4:7, 3:8] = 3
+    assert one(heatmap) == ([0.5, 0.5], [3, 4, 8, 7])
+
+
+def test_regions_touch_at_corners():
+    heatmap = np.diag([1.0] * 8)
+    assert one(heatmap)[1] == [0, 0, 8, 8]
+
+
+def test_equal_regions_and_equal_peaks_take_the_first():
+    heatmap = np.zeros((8, 8))
+    heatmap[1, 1] = heatmap[6, 6] = 1
+    assert one(heatmap) == ([1.5, 1.5], [1, 1, 2, 2])
+
+
+def test_a_region_at_the_border():
+    heatmap = np.zeros((8, 8))
+    heatmap[5:, 6:] = 1
+    assert one(heatmap)[1] == [6, 5, 8, 8]
+
+
+def test_constant_maps_have_neither():
+    for value in (0, 3, -3):
+        peak, box = one(np.full((4, 4), value))
+        assert np.isnan(peak).all()
+        assert np.isnan(box).all()
+
+
+def test_a_map_without_a_positive_value_has_a_peak_but_no_box():
+    heatmap = np.full((4, 4), -2.0)
+    heatmap[0, 3] = -1
+    for relu in (False, True):
+        peak, box = one(heatmap, relu, view=(0, 0, 4, 4), input_size=(4, 4))
+        assert peak == [3.5, 0.5]
+        assert np.isnan(box).all()
+
+
+def test_relu_comes_before_upsampling():
+    # Without the ReLU the neighbour's −100 pulls the cells between below the threshold.
+    heatmap = [[1, -100]]
+    assert one(heatmap, False, (0, 0, 8, 4), (4, 8))[1] == [0, 0, 2, 4]
+    assert one(heatmap, True, (0, 0, 8, 4), (4, 8))[1] == [0, 0, 5, 4]
+
+
+def test_regions_are_scipys():
+    rng = np.random.default_rng(1)
+    for _ in range(50):
+        mask = ndimage.gaussian_filter(rng.standard_normal((40, 60)), 2) > 0.1
+        labels, count = ndimage.label(mask, np.ones((3, 3)))
+        sizes = ndimage.sum_labels(mask, labels, range(1, count + 1))
+        rows, columns = ndimage.find_objects(labels)[int(np.argmax(sizes))]
+        assert box_of_region(mask) == (columns.start, rows.start, columns.stop, rows.stop)
