@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import ray
 
-__all__ = ["Allotment", "allot", "rows_per_shard", "start_ray"]
+__all__ = ["Allotment", "allot", "cores", "rows_per_shard", "start_ray"]
 
 _EMBEDDED_CPUS_MIN = 4
 _SHARD_ROWS_MAX = 512
@@ -26,6 +26,8 @@ class Allotment(NamedTuple):
 
 def start_ray() -> None:
     """Join the cluster there is, or start one inside this process, without a dashboard."""
+    if ray.is_initialized():
+        return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     try:
@@ -48,12 +50,13 @@ def allot(networks: int) -> Allotment:
     if gpus:
         actors = max(gpus // networks, 1)
         return Allotment(actors, 1.0, 1.0 if gpus >= networks else _share(gpus, networks))
-    cpus = _cores()
+    cpus = cores()
     actors = max(cpus // networks, 1)
     return Allotment(actors, min(0.5, _share(cpus, 2 * networks * actors)), 0.0)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """The cores of the cluster."""
     cpus = int(ray.cluster_resources().get("CPU", 1))
     # An embedded Ray may have been given more logical CPUs than there are cores.
     nodes = ray.nodes()

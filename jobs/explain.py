@@ -17,24 +17,24 @@ from typing import Any
 
 import ray
 import ray.data
-from cluster import TASK_CPUS, allot, rows_per_shard, start_ray
-from inputs import Manifest, read_manifest, refuse_unknown_labels, write_manifest
-from progress import Tally, shown
-from record import (
-    describe_methods,
-    describe_network,
-    prove,
-    refuse_other_run,
-    versions,
-    write_record,
-)
-from sink import ShardSink, Written
-from stages import Decode, Explain, Localize, sampling_of
+from cluster import TASK_CPUS, Allotment, allot, cores, rows_per_shard, start_ray
+from decode_stage import Decode
+from explain_stage import Explain
+from inputs import Manifest, read_manifest, refuse_unknown_labels
+from localize_stage import Localize
+from lock import locked
+from progress import Counts, shares, shown, start_tally
+from proof import Proof, prove
+from record import describe_network, describe_run
+from runs import begin, checkpoint, complete, refuse_output, retry_errors
+from sink import ShardSink
+from stream import sampling_of
 
 from scacam.errors import RunError, ScacamError
 from scacam.images import VIEWS
 from scacam.methods import METHODS
 from scacam.networks import Network, load_network
+from scacam.storage import join, locate
 
 logger = logging.getLogger("scacam")
 
@@ -78,11 +78,24 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
     parser.add_argument("--limit", type=int, metavar="N", help="explain only the first N images")
+    parser.add_argument(
+        "--max-error-rate",
+        type=float,
+        default=1.0,
+        metavar="SHARE",
+        help="give up when more than this share of the images fails, from 0 to 1",
+    )
+    parser.add_argument(
+        "--retry-errors", action="store_true", help="try the failed images of a complete run again"
+    )
     return parser.parse_args(arguments)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when it completed, with errors rows or without."""
+    """Run the job; 0 when it completed, with errors rows or without.
+
+    1 when it completed but all images failed, or too many; 2 when it could not run or was stopped.
+    """
     options = parse(arguments)
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.INFO)
@@ -96,30 +109,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """From the options to the results."""
     check(options)
-    refuse_other_run(options.output)
+    refuse_output(options.output)
     manifest = read_manifest(options.input, options.limit)
     networks = load_networks(options.networks)
     check_networks(options, networks, manifest)
-
-    record = describe(options, manifest, networks)
-    manifest_path = write_manifest(manifest, options.output)
-    write_record(options.output, record)
-    start_ray()
-    started = time.monotonic()
-    written = explain(options, manifest_path, len(manifest.table), networks)
-    seconds = time.monotonic() - started
-
-    prove(options.output, [network.name for network in networks], len(manifest.table))
-    record |= {
-        "status": "complete",
-        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-        "seconds": round(seconds, 1),
-        "explained": written.explained,
-        "errors": dict(written.errors),
-    }
-    write_record(options.output, record)
-    print(summary(options.output, len(manifest.table), written, seconds))
-    return 0 if written.explained else 1
+    wanted = describe(options, manifest, networks)
+    with locked(options.output):
+        record = begin(options.output, wanted, manifest.table)
+        if options.retry_errors:
+            record = retry_errors(options.output, record)
+        if record["status"] == "complete":
+            print(f"{options.output} is complete: nothing to do")
+            return 0
+        images = len(manifest.table)
+        started = time.monotonic()
+        start_ray()
+        allotment = allot(len(networks))
+        counts = explain(options, images, networks, allotment)
+        proof = prove(options.output, [network.name for network in networks], images)
+        seconds = time.monotonic() - started
+        record |= {
+            "status": "complete",
+            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+            "seconds": round(record.get("seconds", 0) + seconds, 1),
+            "explained": proof.explained,
+            "errors": dict(proof.errors),
+        }
+        complete(options.output, record, proof)
+    print(summary(options.output, images, proof, counts, stage_capacities(networks, allotment)))
+    failed = proof.errors.total() / images
+    return 0 if proof.explained and failed <= options.max_error_rate else 1
 
 
 def check(options: argparse.Namespace) -> None:
@@ -168,14 +187,11 @@ def describe(
 ) -> dict[str, Any]:
     """What `run.json` says before the run."""
     return {
-        "status": "running",
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "versions": versions(),
         "input": options.input,
-        "images": len(manifest.table),
         "ignored_files": manifest.ignored,
+        **describe_run(manifest.table, options.methods),
         "networks": [describe_network(network, options.methods) for network in networks],
-        "methods": describe_methods(options.methods),
         "top_k": options.top_k,
         "explain_label": options.explain_label,
         "view": options.view,
@@ -183,31 +199,35 @@ def describe(
 
 
 def explain(
-    options: argparse.Namespace, manifest_path: str, images: int, networks: Sequence[Network]
-) -> Written:
-    """Stream the images through the networks into the shards."""
-    allotment = allot(len(networks))
+    options: argparse.Namespace, images: int, networks: Sequence[Network], allotment: Allotment
+) -> Counts:
+    """Stream the images that are not done yet through the networks into the shards.
+
+    The pools are chained, and the pixels travel along until their last use: so each image is read
+    and decoded once, and nothing waits for the whole collection.
+    """
     rows = rows_per_shard(images, allotment)
     batch_size = options.batch_size or (_BATCH_ON_GPU if allotment.num_gpus else _BATCH_ON_CPU)
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
     uses = [samplings.index(sampling_of(network.preprocessing)) for network in networks]
+    tally = start_tally()
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.wait_for_min_actors_s = _STALLED_S
     context.execution_no_progress_timeout_s = _STALLED_S
+    context.checkpoint_config = checkpoint(options.output)
 
-    tally = Tally.remote()  # type: ignore[attr-defined]
-    stream = ray.data.read_parquet(manifest_path, num_cpus=TASK_CPUS)
+    filesystem, manifest_path = locate(join(options.output, "manifest.parquet"))
+    stream = ray.data.read_parquet(manifest_path, filesystem=filesystem, num_cpus=TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(
-        Decode(samplings, options.view),
+        Decode(samplings, options.view, tally),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
     )
     for index, (network, sampling) in enumerate(zip(networks, uses, strict=True)):
-        last = index == len(networks) - 1
         stream = stream.map_batches(
             Explain,
             fn_constructor_kwargs={
@@ -218,7 +238,8 @@ def explain(
                 "sampling": sampling,
                 "last_use": sampling not in uses[index + 1 :],
                 "batch_size": batch_size,
-                "tally": tally if last else None,
+                "is_last": index == len(networks) - 1,
+                "tally": tally,
             },
             compute=ray.data.ActorPoolStrategy(size=allotment.actors),
             batch_size=rows,
@@ -230,25 +251,59 @@ def explain(
         Localize(
             {network.name: network.preprocessing.crop_size for network in networks},
             rectified=[name for name, method in METHODS.items() if method.relu],
+            tally=tally,
         ),
         batch_size=None,
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
     )
     sink = ShardSink(
-        options.output, {network.name: network.feature_shape[1:] for network in networks}
+        options.output,
+        {network.name: network.feature_shape[1:] for network in networks},
+        tally,
+        options.max_error_rate,
     )
     with shown(tally, images):
-        stream.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
-    return sink.written
+        try:
+            stream.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
+        except Exception as error:  # whatever stopped it, what is written stays, to be continued
+            raise RunError(
+                f"stopped: {root_cause(error)}; the same command continues it"
+            ) from error
+        finally:
+            context.checkpoint_config = None
+    return ray.get(tally.get.remote())
 
 
-def summary(output: str, images: int, written: Written, seconds: float) -> str:
+def root_cause(error: BaseException) -> str:
+    """The innermost of the errors that Ray wraps into one another, in one line."""
+    while error.__cause__ is not None or getattr(error, "cause", None) is not None:
+        error = getattr(error, "cause", None) or error.__cause__
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[-1] if isinstance(error, ScacamError) else f"{type(error).__name__}: {lines[-1]}"
+
+
+def stage_capacities(networks: Sequence[Network], allotment: Allotment) -> dict[str, int]:
+    """By stage, the processes or cores that it had."""
+    pools = {f"explain {network.name}": allotment.actors for network in networks}
+    return {"decode": cores(), **pools, "localize": cores(), "write": cores()}
+
+
+def summary(
+    output: str, images: int, proof: Proof, counts: Counts, capacities: dict[str, int]
+) -> str:
     """The last words of a job."""
-    lines = [f"{written.explained:,} of {images:,} images explained"]
-    lines += [f"  {count:,} failed: {kind}" for kind, count in written.errors.most_common()]
-    lines += [f"{images / seconds:,.1f} images/s in {seconds:,.0f} s", f"results: {output}"]
-    return "\n".join(lines)
+    lines = [f"{proof.explained:,} of {images:,} images explained"]
+    lines += [f"  {count:,} failed: {kind}" for kind, count in proof.errors.most_common()]
+    if counts.written:
+        busy = shares(counts, capacities)
+        slowest = max(busy, key=lambda stage: busy[stage])
+        lines += [
+            f"{counts.written:,} now, in {counts.wall:,.0f} s: "
+            f"{counts.written / counts.wall:,.1f} images/s; the bottleneck is {slowest}",
+            "busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in busy.items()),
+        ]
+    return "\n".join([*lines, f"results: {output}"])
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import pyarrow.parquet
 from pyarrow import fs
 
 from scacam.errors import RunError
-from scacam.storage import join, locate
+from scacam.storage import locate
 from scacam.tables import MANIFEST
 
-__all__ = ["Manifest", "read_manifest"]
+__all__ = ["Manifest", "read_manifest", "refuse_unknown_labels"]
 
 _IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
 _LABEL_RANGE = (0, 2**31 - 1)
@@ -130,12 +130,3 @@ def _absolute(folder: str) -> str:
     if "://" in folder:
         return folder
     return locate(folder)[1]
-
-
-def write_manifest(manifest: Manifest, output: str) -> str:
-    """Write `manifest.parquet` into the output and return its path."""
-    path = join(output, "manifest.parquet")
-    filesystem, inner_path = locate(path)
-    with filesystem.open_output_stream(inner_path) as file:
-        pyarrow.parquet.write_table(manifest.table, file)
-    return path

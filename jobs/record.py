@@ -1,53 +1,56 @@
-"""`run.json`: what ran on what. And the proof that a run is whole, from its files alone."""
+"""`run.json`: what ran on what, and whether a job continues that or something else."""
 
+import hashlib
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import version
 from typing import Any
 
-import numpy as np
-import pyarrow.parquet
-from pyarrow import fs
+import pyarrow as pa
 
 import scacam
 from scacam.errors import RunError
 from scacam.localization import BOX_THRESHOLD
 from scacam.methods import METHODS
 from scacam.networks import Network
-from scacam.storage import join, locate
+from scacam.storage import join, locate, read_bytes
 from scacam.tables import SCHEMA_VERSION
 
-__all__ = ["describe_network", "prove", "refuse_other_run", "versions", "write_record"]
+__all__ = ["describe_network", "describe_run", "differences", "read_record", "write_record"]
 
 _PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "pillow", "numpy", "opencv-python-headless")
+_FINGERPRINT = (
+    "schema_version",
+    "images",
+    "manifest_sha256",
+    "networks",
+    "methods",
+    "top_k",
+    "explain_label",
+    "view",
+    "box_threshold",
+)
 
 
-def refuse_other_run(output: str) -> None:
-    """Raise RunError if the output holds a run already, or cannot be looked at."""
-    try:
-        filesystem, path = locate(output)
-        for name in ("run.json", "manifest.parquet", "explanations", "errors"):
-            if filesystem.get_file_info(join(path, name)).type != fs.FileType.NotFound:
-                raise RunError(
-                    f"output {output} holds another run (its {name} is there); "
-                    "choose another output, or delete it"
-                )
-        filesystem.create_dir(path, recursive=True)
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot write to output {output}: {error}") from error
-
-
-def versions() -> dict[str, str]:
-    """The versions that a result depends on."""
+def describe_run(manifest: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
+    """What `run.json` says of the images, the methods and the software."""
     found = {name: version(name) for name in _PACKAGES}
-    return {"scacam": scacam.__version__, "python": platform.python_version(), **found}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "versions": {"scacam": scacam.__version__, "python": platform.python_version(), **found},
+        "images": len(manifest),
+        "manifest_sha256": _digest(manifest),
+        "methods": {
+            name: {"relu": METHODS[name].relu, "paper": METHODS[name].paper} for name in methods
+        },
+        "box_threshold": BOX_THRESHOLD,
+    }
 
 
 def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]:
     """What `run.json` says of a network."""
-    channels, height, width = network.feature_shape
     return {
         "name": network.name,
         "weights": network.weights,
@@ -56,59 +59,55 @@ def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]
         "target_call": network.target_layer.call,
         "head": network.head.kind,
         "class_weights": network.head.classifier,
-        "feature_shape": [channels, height, width],
+        "feature_shape": list(network.feature_shape),
         "num_classes": network.num_classes,
         "preprocessing": asdict(network.preprocessing),
         "methods": [name for name in methods if network.supports(name)],
     }
 
 
-def describe_methods(methods: Sequence[str]) -> dict[str, Any]:
-    """What `run.json` says of the methods."""
-    return {name: {"relu": METHODS[name].relu, "paper": METHODS[name].paper} for name in methods}
+def _digest(table: pa.Table) -> str:
+    digest = hashlib.sha256()
+    for batch in table.combine_chunks().to_batches(max_chunksize=1 << 20):
+        for column in batch.columns:
+            digest.update(pa.record_batch([column], ["column"]).serialize())
+    return digest.hexdigest()
+
+
+def read_record(output: str) -> dict[str, Any] | None:
+    """The output's `run.json`, or None if there is none."""
+    try:
+        return json.loads(read_bytes(join(output, "run.json")))
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise RunError(f"{output}/run.json is no JSON ({error}); delete this output") from error
 
 
 def write_record(output: str, record: dict[str, Any]) -> None:
-    """Write `run.json`."""
-    whole = {"schema_version": SCHEMA_VERSION, "box_threshold": BOX_THRESHOLD, **record}
+    """Write `run.json`; on local disk, too, all of it or nothing."""
     filesystem, path = locate(join(output, "run.json"))
-    with filesystem.open_output_stream(path) as file:
-        file.write(json.dumps(whole, indent=2).encode())
+    with filesystem.open_output_stream(path + ".new") as file:
+        file.write(json.dumps(record, indent=2).encode())
+    filesystem.move(path + ".new", path)
 
 
-def prove(output: str, networks: Sequence[str], images: int) -> None:
-    """Check the files against the manifest: every image once, in explanations or in errors.
-
-    Reads the ids of one shard at a time; memory is a byte per image of the manifest and network.
-
-    Raises:
-        RunError: says what is missing or there twice.
-    """
-    failed = np.zeros(images, dtype=np.uint8)
-    for table in _shards(join(output, "errors"), ["image_id"]):
-        np.add.at(failed, table["image_id"].to_numpy(), 1)
-    for network in networks:
-        seen = failed.copy()
-        folder = join(output, f"explanations/network={network}")
-        for table in _shards(folder, ["image_id", "class_id", "method"]):
-            if table.group_by(table.column_names).aggregate([]).num_rows != len(table):
-                raise RunError(f"{folder}: one shard has an (image, class, method) twice")
-            seen[np.unique(table["image_id"].to_numpy())] += 1
-        for wrong, what in (
-            (seen == 0, "neither explained nor an error"),
-            (seen > 1, "there twice"),
-        ):
-            if wrong.any():
-                raise RunError(
-                    f"{int(wrong.sum())} images are {what} for {network} in {output}, "
-                    f"the first is image {int(wrong.argmax())}"
-                )
+def differences(existing: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """How two runs differ in what determines their results, in words; empty if they do not."""
+    versions = {"scacam version": [r["versions"]["scacam"] for r in (existing, wanted)]}
+    before = dict(_flat({key: existing.get(key) for key in _FINGERPRINT}))
+    after = dict(_flat({key: wanted.get(key) for key in _FINGERPRINT}))
+    pairs = {key: [before.get(key), after.get(key)] for key in {**before, **after}} | versions
+    return [f"{key}: {old} → {new}" for key, (old, new) in pairs.items() if old != new]
 
 
-def _shards(folder: str, columns: list[str]):  # type: ignore[no-untyped-def]
-    filesystem, path = locate(folder)
-    selector = fs.FileSelector(path, allow_not_found=True)
-    for info in filesystem.get_file_info(selector):
-        if info.path.endswith(".parquet"):
-            with filesystem.open_input_file(info.path) as file:
-                yield pyarrow.parquet.ParquetFile(file).read(columns)
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """The leaves of nested dicts with dotted names; of a list of networks, by network."""
+    if isinstance(value, list | tuple) and value and isinstance(value[0], dict):
+        value = {item["name"]: item for item in value}
+        yield name, list(value)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, list(value) if isinstance(value, tuple) else value

@@ -1,69 +1,92 @@
 """The end of the stream: images unfold into shards of explanations, failures into errors."""
 
+import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
+import ray
+from pyarrow import fs
 from ray.data.block import Block, BlockAccessor
-from ray.data.datasource import BlockBasedFileDatasink, WriteResult
-from stages import explanations_column
+from ray.data.datasource import BlockBasedFileDatasink
+from stream import explanations_column
 
+from scacam.errors import RunError
 from scacam.storage import join, locate
 from scacam.tables import ERRORS, explanations
 
-__all__ = ["ShardSink", "Written"]
+__all__ = ["ShardSink"]
 
-
-class Written(NamedTuple):
-    """What was written: images with explanations, and images with errors by kind."""
-
-    explained: int
-    errors: Counter[str]
+_ENOUGH_TO_JUDGE = 100
 
 
 class ShardSink(BlockBasedFileDatasink):
     """Writes one shard per task and network, and one of errors if there are any.
 
-    Every file is named after its task, so that a task that runs again overwrites its own files.
+    Every file is named after its task: a task that runs again overwrites its own files, and Ray
+    Data's checkpoint finds the files of a task that was cut off.
     """
 
-    def __init__(self, output: str, map_shapes: dict[str, tuple[int, int]]) -> None:
-        """Write below `output`; `map_shapes` has height and width of the maps by network."""
+    def __init__(
+        self,
+        output: str,
+        map_shapes: dict[str, tuple[int, int]],
+        tally: Any,
+        max_error_rate: float,
+    ) -> None:
+        """Write below an output.
+
+        Args:
+            output: the run's folder or prefix.
+            map_shapes: height and width of the heatmaps, by network.
+            tally: the `progress.Tally` actor.
+            max_error_rate: the share of errors among the images so far above which to give up.
+        """
         filesystem, path = locate(output)
         super().__init__(path, filesystem=filesystem, file_format="parquet")
         self.map_shapes = map_shapes
-        self.written = Written(0, Counter())
+        self.tally = tally
+        self.max_error_rate = max_error_rate
 
-    def write(self, blocks: Iterable[Block], ctx: object) -> Written:  # type: ignore[override]
-        """Write the blocks of one task."""
+    def write(self, blocks: Iterable[Block], ctx: Any) -> None:
+        """Write the blocks of one task.
+
+        Raises:
+            RunError: too many of the images so far are errors.
+        """
+        began = time.monotonic()
         tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
-        images = pa.concat_tables(table for table in tables if len(table))
-        task = ctx.kwargs["write_uuid"], ctx.task_idx  # type: ignore[attr-defined]
-        name = self.filename_provider.get_filename_for_task(*task)
+        tables = [table for table in tables if len(table)]
+        if not tables:
+            return
+        images = pa.concat_tables(tables)
+        name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
         failed = images.filter(pc.is_valid(images["error"]))
-        if len(failed):
-            self._write_shard("errors", name, failed.select(ERRORS.names).cast(ERRORS))
         explained = images.filter(pc.is_null(images["error"]))
-        if len(explained):
-            for network, shape in self.map_shapes.items():
-                lists = explained[explanations_column(network)].combine_chunks()
-                rows = explanations(explained, lists, shape)
-                self._write_shard(f"explanations/network={network}", name, rows)
-        return Written(len(explained), Counter(failed["error"].to_pylist()))
+        self._write_shard("errors", name, failed.select(ERRORS.names).cast(ERRORS))
+        for network, shape in self.map_shapes.items():
+            lists = explained[explanations_column(network)].combine_chunks()
+            rows = explanations(explained, lists, shape) if len(explained) else explained
+            self._write_shard(f"explanations/network={network}", name, rows)
+        self.tally.spend.remote("write", time.monotonic() - began)
+        kinds = Counter(failed["error"].to_pylist())
+        counts = ray.get(self.tally.write.remote(len(images), kinds))
+        rate = counts.errors.total() / counts.written
+        if counts.written >= _ENOUGH_TO_JUDGE and rate > self.max_error_rate:
+            raise RunError(
+                f"{counts.errors.total():,} of the first {counts.written:,} images failed, more "
+                f"than --max-error-rate {self.max_error_rate:g} allows: "
+                + ", ".join(f"{count:,} {kind}" for kind, count in counts.errors.most_common())
+            )
 
     def _write_shard(self, folder: str, name: str, rows: pa.Table) -> None:
-        path = join(self.path, folder)
-        self.filesystem.create_dir(path, recursive=True)
-        with self.open_output_stream(join(path, name)) as file:
-            pyarrow.parquet.write_table(rows, file, compression="zstd")
-
-    def on_write_complete(self, write_result: WriteResult[Written]) -> None:  # type: ignore[override]
-        """Add up what the tasks wrote."""
-        returns: Sequence[Written] = write_result.write_returns
-        for part in returns:
-            self.written = Written(
-                self.written.explained + part.explained, self.written.errors + part.errors
-            )
+        path = join(self.path, folder, name)
+        if len(rows):
+            self.filesystem.create_dir(join(self.path, folder), recursive=True)
+            with self.open_output_stream(path) as file:
+                pyarrow.parquet.write_table(rows, file, compression="zstd")
+        elif self.filesystem.get_file_info(path).type == fs.FileType.File:
+            self.filesystem.delete_file(path)  # an earlier attempt of this task had such rows

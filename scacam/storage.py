@@ -5,7 +5,12 @@ from functools import lru_cache
 
 from pyarrow import fs
 
-__all__ = ["join", "locate", "read_bytes"]
+__all__ = ["is_transient", "join", "locate", "read_bytes"]
+
+_TRANSIENT = (
+    "NETWORK_CONNECTION", "SLOW_DOWN", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "THROTTLING",
+    "REQUEST_TIMEOUT", "HTTP status 429", "HTTP status 50", "curlCode", "imed out",
+)  # fmt: skip
 
 
 def locate(path: str) -> tuple[fs.FileSystem, str]:
@@ -41,3 +46,8 @@ def read_bytes(path: str) -> bytes:
     filesystem, inner_path = locate(path)
     with filesystem.open_input_stream(inner_path) as file:
         return file.read()
+
+
+def is_transient(error: Exception) -> bool:
+    """Whether reading again later may succeed: the store was throttling, or out of reach."""
+    return any(sign in str(error) for sign in _TRANSIENT)

@@ -10,6 +10,7 @@ __all__ = [
     "ERRORS",
     "EXPLANATION",
     "IMAGE",
+    "INDEX",
     "MANIFEST",
     "SCHEMA_VERSION",
     "explanations",
@@ -36,6 +37,19 @@ ERRORS = pa.schema(
         ("message", pa.string()),
     ]
 )
+
+INDEX = pa.schema(
+    [
+        ("path", pa.string()),
+        ("network", pa.string()),
+        ("rows", pa.int64()),
+        ("images", pa.int64()),
+        ("first_image_id", pa.int64()),
+        ("last_image_id", pa.int64()),
+        ("bytes", pa.int64()),
+    ]
+)
+"""The shards of a complete run, by their paths below the output; of errors the network is null."""
 
 IMAGE = pa.schema(
     [

@@ -1,6 +1,7 @@
 """What the tests share: images that they make themselves, and one embedded Ray."""
 
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,17 +9,27 @@ import numpy as np
 import pytest
 from PIL import Image
 
+# Ray's workers find the modules of the jobs as they do when a job is run from the command line.
+_ROOT = Path(__file__).parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT / "jobs"), str(_ROOT)])
+
+
+def _photo(width: int = 300, height: int = 200, seed: int = 0) -> Image.Image:
+    rng = np.random.default_rng(seed)
+    coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
 
 @pytest.fixture
 def photo() -> Callable[..., Image.Image]:
     """Makes smooth random images: `photo(width, height, seed)`."""
+    return _photo
 
-    def make(width: int = 300, height: int = 200, seed: int = 0) -> Image.Image:
-        rng = np.random.default_rng(seed)
-        coarse = rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)
-        return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
 
-    return make
+@pytest.fixture(scope="module")
+def module_photo() -> Callable[..., Image.Image]:
+    """The same for fixtures that a whole module shares."""
+    return _photo
 
 
 @pytest.fixture

@@ -1,0 +1,138 @@
+"""The first stage: reads and decodes each image once, resamples it once per distinct sampling."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from stream import Failure, set_failures, taken_up
+
+from scacam.errors import ImageError
+from scacam.images import Preprocessing, View, ViewName, decode, pixels, view_of
+from scacam.storage import is_transient, read_bytes
+
+__all__ = ["Decode"]
+
+_READERS = 16
+_PATIENCE_S = 120.0
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Adds to rows of the manifest what the networks need to see.
+
+    These are `width`, `height`, the failure columns and, for sampling i, `pixels i` (uint8 tensors
+    `[height, width, channels]`, zero where the image failed) and `view i`.
+    """
+
+    samplings: Sequence[Preprocessing]
+    view: ViewName
+    tally: Any
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Decode one block."""
+        if not len(batch):
+            return batch
+        with taken_up(self.tally, "decode", batch) as attempts:
+            return self._decoded(batch, _isolated if attempts else _here)
+
+    def _decoded(self, batch: pa.Table, place: "Callable[..., Any]") -> pa.Table:
+        count = len(batch)
+        sizes = np.zeros((count, 2), dtype=np.int32)
+        views = [np.zeros((count, 4), dtype=np.float32) for _ in self.samplings]
+        samples = [
+            np.zeros((count, *sampling.crop_size, sampling.channels), dtype=np.uint8)
+            for sampling in self.samplings
+        ]
+        failures: dict[int, Failure] = {}
+        reader = _Reader()
+        with ThreadPoolExecutor(_READERS) as threads, place() as run:
+            contents = threads.map(reader.read, batch["uri"].to_pylist())
+            for row, content in enumerate(contents):
+                if isinstance(content, ImageError):
+                    failures[row] = Failure("read", content.kind, str(content))
+                    continue
+                try:
+                    sizes[row], seen = run(_sampled, content, self.samplings, self.view)
+                except ImageError as error:
+                    failures[row] = Failure("decode", error.kind, str(error))
+                    continue
+                for index, (view, sample) in enumerate(seen):
+                    views[index][row] = view
+                    samples[index][row] = sample
+        columns: dict[str, Any] = {name: batch[name] for name in batch.column_names}
+        columns |= {"width": sizes[:, 0], "height": sizes[:, 1]}
+        for index, (view, sample) in enumerate(zip(views, samples, strict=True)):
+            columns[f"view {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(view)
+            columns[f"pixels {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(sample)
+        return set_failures(pa.table(columns), failures)
+
+
+def _sampled(
+    content: bytes, samplings: Sequence[Preprocessing], view: ViewName
+) -> tuple[tuple[int, int], list[tuple[View, np.ndarray]]]:
+    image = decode(content)
+    views = [view_of(*image.size, sampling, view) for sampling in samplings]
+    seen = zip(views, samplings, strict=True)
+    return image.size, [(rectangle, pixels(image, rectangle, s)) for rectangle, s in seen]
+
+
+@contextmanager
+def _here() -> Iterator[Callable[..., Any]]:
+    """Run functions in this process."""
+    yield lambda function, *arguments: function(*arguments)
+
+
+@contextmanager
+def _isolated() -> Iterator[Callable[..., Any]]:
+    """Run functions in a process of their own, since an image may have killed the last one.
+
+    Raises ImageError in place of dying.
+    """
+    child = [ProcessPoolExecutor(1, get_context("spawn"))]
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return child[0].submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            child[0] = ProcessPoolExecutor(1, get_context("spawn"))
+            raise ImageError("crashed", "decoding it killed the process") from error
+
+    try:
+        yield run
+    finally:
+        child[0].shutdown()
+
+
+class _Reader:
+    """Reads images; its patience with a store that fails is shared by all reads of a block."""
+
+    def __init__(self) -> None:
+        self.deadline: float | None = None
+
+    def read(self, uri: str) -> bytes | ImageError:
+        """The bytes of an image, or why they cannot be had."""
+        wait = 0.5
+        while True:
+            try:
+                content = read_bytes(uri)
+            except FileNotFoundError:
+                return ImageError("missing", "there is no such file")
+            except PermissionError as error:
+                return ImageError("forbidden", str(error))
+            except (OSError, ValueError) as error:
+                now = time.monotonic()
+                self.deadline = self.deadline or now + _PATIENCE_S
+                if not is_transient(error) or now + wait > self.deadline:
+                    return ImageError("unreadable", str(error))
+                time.sleep(wait)
+                wait = min(2 * wait, 10.0)
+            else:
+                self.deadline = None
+                return content

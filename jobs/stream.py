@@ -1,0 +1,88 @@
+"""What the stages of the explain job pass on: one row per image, all the way.
+
+A stage takes a table and returns it with more columns. What goes wrong with an image is written
+into its row (`stage`, `error`, `message`), and the later stages pass it by. The explanations of
+network N lie in the column `explanations N`: for each image a list of structs as in
+`scacam.tables.EXPLANATION`.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import ray
+
+from scacam.images import Preprocessing
+from scacam.tables import EXPLANATION
+
+__all__ = [
+    "Failure",
+    "explanations_column",
+    "list_column",
+    "sampling_of",
+    "set_failures",
+    "taken_up",
+    "tensors",
+]
+
+
+class Failure(NamedTuple):
+    """Why an image cannot be explained: the stage it failed in, the kind of error, a message."""
+
+    stage: str
+    error: str
+    message: str
+
+
+def explanations_column(network: str) -> str:
+    """The column that holds a network's explanations."""
+    return f"explanations {network}"
+
+
+def sampling_of(preprocessing: Preprocessing) -> Preprocessing:
+    """The part of a preprocessing that decides the pixels: networks that share it share them."""
+    channels = preprocessing.channels
+    return replace(preprocessing, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def set_failures(batch: pa.Table, failures: dict[int, Failure]) -> pa.Table:
+    """Add failures by row to those that the batch has already."""
+    for index, name in enumerate(Failure._fields):
+        if name in batch.column_names:
+            values = batch[name].to_pylist()
+            batch = batch.drop_columns([name])
+        else:
+            values = [None] * len(batch)
+        for row, failure in failures.items():
+            values[row] = failure[index]
+        batch = batch.append_column(name, pa.array(values, pa.string()))
+    return batch
+
+
+def tensors(column: pa.ChunkedArray) -> np.ndarray:
+    """A column of fixed-shape tensors as one array `[rows, ...]`."""
+    return column.combine_chunks().to_numpy_ndarray()
+
+
+def list_column(structs: list[pa.StructArray], lengths: np.ndarray) -> pa.ListArray:
+    """Explanations in row order as one list per row, given how many each row has."""
+    offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
+    values = pa.concat_arrays(structs) if structs else pa.array([], pa.struct(EXPLANATION))
+    return pa.ListArray.from_arrays(offsets, values)
+
+
+@contextmanager
+def taken_up(tally: Any, stage: str, batch: pa.Table) -> Iterator[int]:
+    """Tell the tally that a stage works on a block, and for how long.
+
+    Yields:
+        How often the block was taken up before, by processes that did not live to finish it.
+    """
+    began = time.monotonic()
+    block = batch["image_id"][0].as_py()
+    yield ray.get(tally.enter.remote(stage, block))
+    tally.spend.remote(stage, time.monotonic() - began)
