@@ -44,10 +44,8 @@ METHODS = ("feature_map", "gap_cam", "grad_cam", "sca_cam")
 
 
 def run(folder_or_manifest, output, *arguments) -> int:
-    networks = ["--networks", "tests.tiny_networks:colours"]
-    return main(
-        ["--input", str(folder_or_manifest), "--output", str(output), *networks, *arguments]
-    )
+    base = ["--input", str(folder_or_manifest), "--output", str(output), "--methods", *METHODS]
+    return main([*base, "--networks", "tests.tiny_networks:colours", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +85,7 @@ def finished(tmp_path_factory, module_photo):
         writer.writerows([f"images/{name}", index % 4] for index, name in enumerate([*good, *bad]))
     output = folder / "out"
     arguments = ["--input", str(folder / "manifest.csv"), "--output", str(output)]
-    arguments += ["--top-k", "3", "--explain-label"]
+    arguments += ["--top-k", "3", "--explain-label", "--methods", *METHODS]
     arguments += ["--networks", "tests.tiny_networks:colours", "squeezenet1_1=random"]
     status = main(arguments)
     assert status == 0
@@ -101,7 +99,7 @@ def shards(output: Path, network: str) -> list[Path]:
 @pytest.mark.parametrize("network", NETWORKS)
 def test_shards_have_the_columns_of_the_contract(finished, network):
     output = finished[0]
-    assert len(shards(output, network)) >= 4
+    assert len(shards(output, network)) > 1
     for shard in shards(output, network):
         schema = pq.read_schema(shard)
         assert schema.names == list(CONTRACT)
@@ -157,7 +155,9 @@ def test_rows_are_what_the_library_says_of_each_image(finished):
                 )
                 for index, method in of_class["method"].items():
                     raw = expected.heatmaps[method][0, k].numpy()
-                    np.testing.assert_allclose(maps[index], raw, atol=1e-3 * np.abs(raw).max())
+                    np.testing.assert_allclose(
+                        maps[index], raw, rtol=0, atol=1e-3 * np.abs(raw).max() + 1e-6
+                    )
 
 
 def test_peaks_are_where_the_colour_is(tmp_path):
@@ -209,7 +209,7 @@ def test_a_finished_run_is_left_alone(finished, capsys):
     output, *_ = finished
     before = {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")}
     arguments = ["--input", str(output.parent / "manifest.csv"), "--output", str(output)]
-    arguments += ["--top-k", "3", "--explain-label", "--networks"]
+    arguments += ["--top-k", "3", "--explain-label", "--methods", *METHODS, "--networks"]
     both = ["tests.tiny_networks:colours", "squeezenet1_1=random"]
     assert main(arguments + both) == 0
     assert "nothing to do" in capsys.readouterr().out

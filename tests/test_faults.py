@@ -1,0 +1,316 @@
+"""What the explain job does when things break: each fault is made to happen for real."""
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pyarrow.dataset as ds
+import pytest
+from PIL import Image
+from servers import BUCKET, ObjectStore
+
+from scacam.storage import locate
+
+pytestmark = pytest.mark.long
+
+ROOT = Path(__file__).parent.parent
+IMAGES = 160
+
+
+def start(source: str, output: str, *arguments: str, environment: dict[str, str] | None = None):
+    """The job as a person starts it."""
+    command = [sys.executable, "jobs/explain.py", "--input", source, "--output", output]
+    command += ["--methods", "grad_cam", "sca_cam", "--top-k", "2", *arguments]
+    if "--networks" not in arguments:
+        command += ["--networks", "resnet18=random"]
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def ended(process: subprocess.Popen[str], status: int = 0) -> str:
+    said, _ = process.communicate(timeout=400)
+    assert process.returncode == status, said
+    return said
+
+
+def rows(output: str) -> pd.DataFrame:
+    filesystem, path = locate(output)
+    table = ds.dataset(
+        f"{path}/explanations", filesystem=filesystem, partitioning="hive"
+    ).to_table()
+    heatmaps = table["heatmap"].combine_chunks().to_numpy_ndarray()
+    frame = table.drop_columns(["heatmap"]).to_pandas()
+    frame["heatmap"] = list(heatmaps.reshape(len(frame), -1).astype(np.float32))
+    return frame.sort_values(["network", "image_id", "class_id", "method"], ignore_index=True)
+
+
+def assert_same_rows(actual: pd.DataFrame, expected: pd.DataFrame) -> None:
+    exact = ["network", "image_id", "uri", "width", "height", "class_id", "rank", "method"]
+    pd.testing.assert_frame_equal(actual[exact], expected[exact])
+    for name in ("probability", "scale"):
+        np.testing.assert_allclose(actual[name], expected[name], rtol=1e-3)
+    difference = np.stack(actual["heatmap"]) - np.stack(expected["heatmap"])
+    assert np.abs(difference).max() < 2e-3
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory, module_photo) -> Path:
+    folder = tmp_path_factory.mktemp("faults") / "photos"
+    folder.mkdir()
+    for seed in range(IMAGES):
+        module_photo(240, 230, seed).save(folder / f"{seed:04d}.jpg")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def quiet(photos) -> pd.DataFrame:
+    """The rows of a run in which nothing happens."""
+    output = str(photos.parent / "quiet")
+    ended(start(str(photos), output))
+    return rows(output)
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory):
+    server = ObjectStore(tmp_path_factory.mktemp("store"))
+    before = dict(os.environ)
+    os.environ.update(server.environment)
+    yield server
+    os.environ.clear()
+    os.environ.update(before)
+    server.stop()
+
+
+def killed_and_continued(begin: Callable[[], "subprocess.Popen[str]"], seed: int) -> None:
+    """Kill the job with SIGKILL at five random moments, then let it end."""
+    moments = random.Random(seed)
+    for _ in range(5):
+        process = begin()
+        try:
+            process.wait(timeout=moments.uniform(6, 24))
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+        process.communicate()
+    ended(begin())
+
+
+def test_killed_five_times_on_local_disk(photos, quiet, tmp_path):
+    output = str(tmp_path / "out")
+    killed_and_continued(lambda: start(str(photos), output), seed=1)
+    assert_same_rows(rows(output), quiet)
+    assert "nothing to do" in ended(start(str(photos), output))
+
+
+def test_killed_five_times_on_object_storage(photos, quiet, store):
+    store.upload(photos, "kill/photos")
+    source, output = f"s3://{BUCKET}/kill/photos", f"s3://{BUCKET}/kill/out"
+    killed_and_continued(lambda: start(source, output), seed=2)
+    actual = rows(output)
+    actual["uri"] = actual["uri"].str.replace(source, str(photos))
+    assert_same_rows(actual, quiet)
+
+
+def test_the_store_is_gone_for_a_while(photos, quiet, store):
+    store.upload(photos, "outage/photos")
+    source, output = f"s3://{BUCKET}/outage/photos", f"s3://{BUCKET}/outage/out"
+    process = start(source, output)
+    filesystem, path = locate(output)
+    deadline = time.monotonic() + 120
+    while not any("explanations" in name for name in names(filesystem, path)):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    store.stop()
+    time.sleep(30)
+    store.start()
+    said = ended(process)
+    assert f"{IMAGES} of {IMAGES} images explained" in said
+    actual = rows(output)
+    actual["uri"] = actual["uri"].str.replace(source, str(photos))
+    assert_same_rows(actual, quiet)
+
+
+def names(filesystem, path) -> list[str]:
+    from pyarrow import fs
+
+    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
+    return [info.path for info in filesystem.get_file_info(selector)]
+
+
+def test_processes_of_the_job_are_killed(photos, quiet, tmp_path):
+    output = tmp_path / "out"
+    process = start(str(photos), str(output))
+    victims = 0
+    for shards in (1, 3):
+        wait_for_shards(output, shards)
+        for worker in workers_of(process.pid, "MapBatches(Explain)")[:1]:
+            os.kill(worker, signal.SIGKILL)
+            victims += 1
+    ended(process)
+    assert victims
+    assert_same_rows(rows(str(output)), quiet)
+
+
+def wait_for_shards(output: Path, count: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(list(output.glob("explanations/*/*.parquet"))) < count:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+def workers_of(driver: int, name: str) -> list[int]:
+    """Ray's workers with a task of this name, descendants of a driver."""
+    listing = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True).stdout
+    processes = [line.split(None, 2) for line in listing.splitlines()[1:]]
+    family = {driver}
+    for _ in range(5):
+        family |= {int(pid) for pid, parent, _ in processes if int(parent) in family}
+    return [int(pid) for pid, _, args in processes if int(pid) in family and name in args]
+
+
+@pytest.fixture
+def deadly_format(tmp_path) -> dict[str, str]:
+    """An environment in which decoding a file that begins with DEADLY kills the process."""
+    folder = tmp_path / "site"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import os, signal\n"
+        "from PIL import Image, ImageFile\n"
+        "class Deadly(ImageFile.ImageFile):\n"
+        "    format = 'DEADLY'\n"
+        "    def _open(self):\n"
+        "        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "Image.register_open('DEADLY', Deadly, lambda start: start[:6] == b'DEADLY')\n"
+    )
+    return {"PYTHONPATH": os.pathsep.join([str(folder), os.environ["PYTHONPATH"]])}
+
+
+def test_an_image_that_kills_its_process(photos, tmp_path, deadly_format):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for path in sorted(photos.iterdir())[:12]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "0005x.jpg").write_bytes(b"DEADLY")
+    output = str(tmp_path / "out")
+    networks = ["--networks", "tests.tiny_networks:colours"]
+    ended(start(str(folder), output, *networks, environment=deadly_format))
+    errors = pd.read_parquet(f"{output}/errors")
+    assert errors[["uri", "stage", "error"]].values.tolist() == [
+        [str(folder / "0005x.jpg"), "decode", "crashed"]
+    ]
+    assert rows(output)["image_id"].nunique() == 12
+
+
+def test_a_batch_that_is_too_large_for_the_memory(photos, tmp_path):
+    output = str(tmp_path / "out")
+    networks = ["--networks", "tests.tiny_networks:greedy", "--batch-size", "16"]
+    ended(start(str(photos), output, *networks, "--limit", "40"))
+    assert rows(output)["image_id"].nunique() == 40
+
+
+def test_a_full_disk_stops_the_job_and_it_goes_on_later(photos, quiet, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=100k", "tmpfs", str(disk)], check=True)
+    try:
+        output = disk / "out"
+        said = ended(start(str(photos), str(output)), status=2)
+        assert "No space left on device" in said.splitlines()[-1]
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        ended(start(str(photos), str(output)))
+        assert_same_rows(rows(str(output)), quiet)
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_hopeless_run_is_stopped(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for index in range(1000):
+        (folder / f"{index:04d}.jpg").write_bytes(b"broken")
+    networks = ["--networks", "tests.tiny_networks:colours"]
+    begin = lambda: start(  # noqa: E731
+        str(folder), str(tmp_path / "out"), *networks, "--max-error-rate", "0.5"
+    )
+    said = ended(begin(), status=2)
+    assert "more than --max-error-rate 0.5 allows" in said.splitlines()[-1]
+    assert "not_an_image" in said.splitlines()[-1]
+
+
+def test_two_jobs_on_one_output(photos, tmp_path):
+    output = tmp_path / "out"
+    first = start(str(photos), str(output))
+    wait_for_shards(output, 1)
+    assert "another job is writing to" in ended(start(str(photos), str(output)), status=2)
+    ended(first)
+
+
+def test_a_lease_on_object_storage(store, tmp_path):
+    from lock import locked
+
+    from scacam.errors import RunError
+
+    output = f"s3://{BUCKET}/lease/out"
+    with locked(output):
+        refused: list[str] = []
+
+        def contend() -> None:
+            try:
+                with locked(output):
+                    refused.append("not at all")
+            except RunError as error:
+                refused.append(str(error))
+
+        thread = threading.Thread(target=contend)
+        thread.start()
+        thread.join()
+        assert "another job is writing to" in refused[0]
+        held = store.filesystem().open_input_stream(f"{BUCKET}/lease/out/.lock").read()
+    with store.filesystem().open_output_stream(f"{BUCKET}/lease/out/.lock") as file:
+        file.write(held)  # as a killed job leaves it
+    began = time.monotonic()
+    with locked(output):
+        assert 25 < time.monotonic() - began < 45
+
+
+def test_a_node_is_killed(photos, quiet, tmp_path):
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2})
+    try:
+        cluster.add_node(num_cpus=2)
+        victim = cluster.add_node(num_cpus=2)
+        output = tmp_path / "out"
+        environment = {"RAY_ADDRESS": cluster.address}
+        process = start(str(photos), str(output), environment=environment)
+        wait_for_shards(output, 1)
+        cluster.remove_node(victim, allow_graceful=False)
+        cluster.add_node(num_cpus=2)
+        ended(process)
+        assert_same_rows(rows(str(output)), quiet)
+    finally:
+        cluster.shutdown()
+
+
+def test_odd_images_leave_the_job_alone(tmp_path):
+    """Sizes at the edges of what is possible."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    Image.new("RGB", (1, 5000), "red").save(folder / "tall.png")
+    Image.new("I;16", (40, 40), 40000).save(folder / "deep.png")
+    Image.new("CMYK", (40, 40)).save(folder / "print.jpg")
+    ended(start(str(folder), str(tmp_path / "out"), "--networks", "tests.tiny_networks:colours"))
+    assert rows(str(tmp_path / "out"))["image_id"].nunique() == 3
