@@ -13,9 +13,10 @@ import numpy as np
 import pyarrow as pa
 from stream import Failure, set_failures, taken_up
 
+from scacam.containers import read_image
 from scacam.errors import ImageError
 from scacam.images import Preprocessing, View, ViewName, decode, pixels, view_of
-from scacam.storage import is_transient, read_bytes
+from scacam.storage import is_transient
 
 __all__ = ["Decode"]
 
@@ -53,7 +54,8 @@ class Decode:
         failures: dict[int, Failure] = {}
         reader = _Reader()
         with ThreadPoolExecutor(_READERS) as threads, place() as run:
-            contents = threads.map(reader.read, batch["uri"].to_pylist())
+            where = [batch[name].to_pylist() for name in ("uri", "offset", "size")]
+            contents = threads.map(reader.read, *where)
             for row, content in enumerate(contents):
                 if isinstance(content, ImageError):
                     failures[row] = Failure("read", content.kind, str(content))
@@ -116,12 +118,12 @@ class _Reader:
     def __init__(self) -> None:
         self.deadline: float | None = None
 
-    def read(self, uri: str) -> bytes | ImageError:
+    def read(self, uri: str, offset: int | None, size: int | None) -> bytes | ImageError:
         """The bytes of an image, or why they cannot be had."""
         wait = 0.5
         while True:
             try:
-                content = read_bytes(uri)
+                content = read_image(uri, offset, size)
             except FileNotFoundError:
                 return ImageError("missing", "there is no such file")
             except PermissionError as error:

@@ -1,21 +1,23 @@
 """From an input to the manifest: one row per image, in a fixed order."""
 
+from collections.abc import Iterable
 from typing import NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet
 from pyarrow import fs
 
+from scacam.containers import IMAGE_SUFFIXES, Member, members
 from scacam.errors import RunError
 from scacam.storage import locate
 from scacam.tables import MANIFEST
 
 __all__ = ["Manifest", "read_manifest", "refuse_unknown_labels"]
 
-_IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
-_LABEL_RANGE = (0, 2**31 - 1)
+_CONTAINERS = (".tar", ".parquet")
 
 
 class Manifest(NamedTuple):
@@ -31,11 +33,12 @@ class Manifest(NamedTuple):
 
 
 def read_manifest(source: str, limit: int | None = None) -> Manifest:
-    """List the images of a folder or prefix, or read a `.csv` or `.parquet` manifest.
+    """Find the images of an input.
 
     Args:
-        source: the input. A manifest has a column `uri`, relative uris being relative to the
-            manifest's folder, and may have an integer column `label`.
+        source: a folder or prefix of images, of `.tar` shards (WebDataset) or of `.parquet` tables
+            with image bytes; one such shard or table; or a manifest, `.csv` or `.parquet`, with a
+            column `uri`, relative uris being relative to its folder, and perhaps `label`.
         limit: take only this many images, the first ones.
 
     Raises:
@@ -43,73 +46,105 @@ def read_manifest(source: str, limit: int | None = None) -> Manifest:
     """
     try:
         filesystem, path = locate(source)
-        kind = filesystem.get_file_info(path.rstrip("/")).type
+        path = path.rstrip("/")
+        kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.NotFound:
             raise RunError(f"no such input: {source}")
         if kind == fs.FileType.Directory:
-            uris, ignored = _list_images(filesystem, path.rstrip("/"), source)
-            labels = pa.nulls(len(uris), pa.int32())
+            table, ignored = _from_folder(filesystem, path, source)
         else:
-            uris, labels = _read_table(filesystem, path, source)
-            ignored = 0
+            table, ignored = _from_file(filesystem, path, source), 0
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read input {source}: {error}") from error
-    if not len(uris):
+    if not len(table):
         raise RunError(
-            f"no images in {source}: {ignored} files there, none ending in {', '.join(_IMAGES)}"
+            f"no images in {source}: {ignored} files there, none ending in "
+            + ", ".join(IMAGE_SUFFIXES + _CONTAINERS)
         )
-    table = pa.table([pa.array(range(len(uris)), pa.int64()), uris, labels], schema=MANIFEST)
-    return Manifest(table.slice(0, limit), ignored)
+    table = table.slice(0, limit)
+    ids = pa.array(np.arange(len(table), dtype=np.int64))
+    return Manifest(table.add_column(0, MANIFEST.field("image_id"), ids), ignored)
 
 
-def _list_images(filesystem: fs.FileSystem, path: str, source: str) -> tuple[pa.Array, int]:
+def _from_folder(filesystem: fs.FileSystem, path: str, source: str) -> tuple[pa.Table, int]:
     scheme = source.partition("://")[0] + "://" if "://" in source else ""
-    files = [
-        info.path
-        for info in filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-        if info.type == fs.FileType.File
-    ]
-    images = sorted(file for file in files if file.lower().endswith(_IMAGES))
-    return pa.array([scheme + file for file in images], pa.string()), len(files) - len(images)
+    infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    files = sorted((i for i in infos if i.type == fs.FileType.File), key=lambda info: info.path)
+    images = [info for info in files if info.path.lower().endswith(IMAGE_SUFFIXES)]
+    if images:
+        uris = [scheme + info.path for info in images]
+        return _table(uris, sizes=[info.size for info in images]), len(files) - len(images)
+    containers = [scheme + i.path for i in files if i.path.lower().endswith(_CONTAINERS)]
+    inside = (member for container in containers for member in members(container))
+    return _from_members(inside), len(files) - len(containers)
 
 
-def _read_table(filesystem: fs.FileSystem, path: str, source: str) -> tuple[pa.Array, pa.Array]:
+def _from_file(filesystem: fs.FileSystem, path: str, source: str) -> pa.Table:
     suffix = path.rsplit(".", 1)[-1].lower()
+    if suffix == "tar":
+        return _from_members(members(_absolute(source)))
     if suffix not in ("csv", "parquet"):
-        raise RunError(f"{source} is neither a folder nor a .csv or .parquet manifest")
+        raise RunError(f"{source} is neither a folder nor a .csv, .parquet or .tar file")
     with filesystem.open_input_file(path) as file:
         if suffix == "parquet":
-            table = pyarrow.parquet.read_table(file)
+            if "uri" not in pyarrow.parquet.read_schema(file).names:
+                return _from_members(members(_absolute(source)))
+            given = pyarrow.parquet.read_table(file)
         else:
             options = pyarrow.csv.ConvertOptions(column_types={"uri": pa.string()})
             parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            table = pyarrow.csv.read_csv(file, convert_options=options, parse_options=parsing)
-    if "uri" not in table.column_names:
+            given = pyarrow.csv.read_csv(file, convert_options=options, parse_options=parsing)
+    if "uri" not in given.column_names:
         raise RunError(
-            f"manifest {source} has no column 'uri'; it has {', '.join(table.column_names)}"
+            f"manifest {source} has no column 'uri'; it has {', '.join(given.column_names)}"
         )
-    uris = table["uri"].cast(pa.string()).combine_chunks()
+    uris = given["uri"].cast(pa.string()).combine_chunks()
     missing = pc.or_kleene(pc.is_null(uris), pc.equal(uris, ""))
-    _refuse(table, pc.fill_null(missing, True), f"manifest {source} has rows without a uri")
-    folder = source.rpartition("/")[0] or "."
+    _refuse(given, pc.fill_null(missing, True), f"manifest {source} has rows without a uri")
+    folder = _absolute(source).rpartition("/")[0]
     relative = pc.invert(pc.match_substring_regex(uris, r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"))
-    uris = pc.if_else(relative, pc.binary_join_element_wise(_absolute(folder), uris, "/"), uris)
-    return uris, _labels(table, source)
+    uris = pc.if_else(relative, pc.binary_join_element_wise(folder, uris, "/"), uris)
+    return _table(uris, labels=_labels(given, source))
 
 
-def _labels(table: pa.Table, source: str) -> pa.Array:
-    if "label" not in table.column_names:
-        return pa.nulls(len(table), pa.int32())
-    labels = table["label"].combine_chunks()
+def _from_members(inside: Iterable[Member]) -> pa.Table:
+    found = list(inside)
+    return _table(
+        [member.uri for member in found],
+        labels=pa.array([member.label for member in found], pa.int32()),
+        sizes=[member.size for member in found],
+        offsets=[member.offset for member in found],
+    )
+
+
+def _table(
+    uris: pa.Array | list[str],
+    labels: pa.Array | None = None,
+    sizes: list[int | None] | None = None,
+    offsets: list[int] | None = None,
+) -> pa.Table:
+    count = len(uris)
+    columns = {
+        "uri": uris,
+        "label": pa.nulls(count, pa.int32()) if labels is None else labels,
+        "size": pa.nulls(count, pa.int64()) if sizes is None else sizes,
+        "offset": pa.nulls(count, pa.int64()) if offsets is None else offsets,
+    }
+    return pa.table(columns, schema=MANIFEST.remove(0))
+
+
+def _labels(given: pa.Table, source: str) -> pa.Array:
+    if "label" not in given.column_names:
+        return pa.nulls(len(given), pa.int32())
+    labels = given["label"].combine_chunks()
     try:
         labels = labels.cast(pa.int64())
     except pa.ArrowInvalid as error:
         raise RunError(
             f"manifest {source}: labels are class numbers, not {labels.type} ({error})"
         ) from error
-    low, high = _LABEL_RANGE
-    outside = pc.or_(pc.less(labels, low), pc.greater(labels, high))
-    _refuse(table, pc.fill_null(outside, False), f"manifest {source} has labels below 0")
+    outside = pc.or_(pc.less(labels, 0), pc.greater(labels, 2**31 - 1))
+    _refuse(given, pc.fill_null(outside, False), f"manifest {source} has labels below 0 or beyond")
     return labels.cast(pa.int32())
 
 
@@ -126,7 +161,5 @@ def _refuse(table: pa.Table, wrong: pa.Array, message: str) -> None:
         raise RunError(f"{message}: {len(rows)} rows, the first {first}")
 
 
-def _absolute(folder: str) -> str:
-    if "://" in folder:
-        return folder
-    return locate(folder)[1]
+def _absolute(source: str) -> str:
+    return source if "://" in source else locate(source)[1]

@@ -7,10 +7,15 @@ import numpy as np
 import pyarrow as pa
 
 __all__ = [
+    "BOXES",
+    "CURVES",
+    "DIFFERENCES",
     "ERRORS",
     "EXPLANATION",
     "IMAGE",
+    "IMAGE_SCORES",
     "INDEX",
+    "LOCALIZATION",
     "MANIFEST",
     "SCHEMA_VERSION",
     "explanations",
@@ -25,8 +30,11 @@ MANIFEST = pa.schema(
         pa.field("image_id", pa.int64(), nullable=False),
         pa.field("uri", pa.string(), nullable=False),
         ("label", pa.int32()),
+        ("size", pa.int64()),
+        ("offset", pa.int64()),
     ]
 )
+"""The size in bytes, where known; the offset only of an image that lies in a container."""
 
 ERRORS = pa.schema(
     [
@@ -130,3 +138,77 @@ def explanations(images: pa.Table, lists: pa.ListArray, shape: tuple[int, int]) 
     columns |= {name: rows[name] for name in EXPLANATION.names[4:]}
     columns["heatmap"] = pa.ExtensionArray.from_storage(tensor, storage)
     return pa.table(columns)
+
+
+BOXES = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        ("x0", pa.float64()),
+        ("y0", pa.float64()),
+        ("x1", pa.float64()),
+        ("y1", pa.float64()),
+        ("class_id", pa.int32()),
+    ]
+)
+"""True boxes, one row per object, in pixels of the original image, as they were annotated."""
+
+LOCALIZATION = pa.schema(
+    [
+        ("network", pa.string()),
+        ("method", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("images", pa.int64()),
+        ("thresholds", pa.list_(pa.float64())),
+    ]
+)
+"""Metrics as fractions, with 95 % intervals. Of metrics whose thresholds are the best on the data
+set: these thresholds, as shares of the maximum."""
+
+DIFFERENCES = pa.schema(
+    [
+        ("network", pa.string()),
+        ("metric", pa.string()),
+        ("method", pa.string()),
+        ("other", pa.string()),
+        ("difference", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("images", pa.int64()),
+    ]
+)
+"""The metric of a method minus that of another on the same images, with paired intervals."""
+
+CURVES = pa.schema(
+    [
+        ("network", pa.string()),
+        ("method", pa.string()),
+        ("metric", pa.string()),
+        ("iou", pa.float64()),
+        ("threshold", pa.float64()),
+        ("accuracy", pa.float64()),
+    ]
+)
+"""The share of images with a right box, over the threshold on the map, by the overlap wanted."""
+
+IMAGE_SCORES = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("class_id", pa.int32()),
+        ("method", pa.string()),
+        ("top1", pa.bool_()),
+        ("iou", pa.float64()),
+        ("iou_any", pa.float64()),
+        ("iou_15", pa.float64()),
+        ("iou_20", pa.float64()),
+        ("peak_distance", pa.float64()),
+        ("energy", pa.float64()),
+    ]
+)
+"""How one method localizes one image: whether the top class is the labelled one; the best overlap
+of the largest contour's box and of any contour's, at the thresholds of `max_box_acc` and of
+`max_box_acc_v2` at IoU 0.5; of the boxes at 15 and 20 % of the maximum; pixels from the peak to the
+nearest true box (0 inside, ∞ without a peak); the share of the positive map inside the boxes."""
