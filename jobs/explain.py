@@ -19,6 +19,7 @@ import ray
 import ray.data
 from cluster import TASK_CPUS, Allotment, allot, cores, rows_per_shard, start_ray
 from decode_stage import Decode
+from estimate import estimate
 from explain_stage import Explain
 from inputs import Manifest, read_manifest, refuse_unknown_labels
 from localize_stage import Localize
@@ -88,6 +89,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--retry-errors", action="store_true", help="try the failed images of a complete run again"
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="only say what would be done, from a timed sample"
+    )
+    parser.add_argument(
+        "--price-per-hour", type=float, metavar="PRICE", help="of this machine, for --dry-run"
+    )
     return parser.parse_args(arguments)
 
 
@@ -109,10 +116,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run(options: argparse.Namespace) -> int:
     """From the options to the results."""
     check(options)
-    refuse_output(options.output)
+    if not options.dry_run:
+        refuse_output(options.output)
     manifest = read_manifest(options.input, options.limit)
     networks = load_networks(options.networks)
     check_networks(options, networks, manifest)
+    if options.dry_run:
+        return dry_run(options, manifest, networks)
     wanted = describe(options, manifest, networks)
     with locked(options.output):
         record = begin(options.output, wanted, manifest.table)
@@ -198,6 +208,44 @@ def describe(
     }
 
 
+def stages(
+    options: argparse.Namespace, networks: Sequence[Network], tally: Any, batch_size: int
+) -> tuple[Decode, list[dict[str, Any]], Localize]:
+    """The stages of the stream: of the networks' stages the arguments but for their network."""
+    samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
+    uses = [samplings.index(sampling_of(network.preprocessing)) for network in networks]
+    pools = [
+        {
+            "methods": options.methods,
+            "top_k": options.top_k,
+            "explain_label": options.explain_label,
+            "sampling": sampling,
+            "last_use": sampling not in uses[index + 1 :],
+            "batch_size": options.batch_size or batch_size,
+            "is_last": tally is not None and index == len(networks) - 1,
+            "tally": tally,
+        }
+        for index, sampling in enumerate(uses)
+    ]
+    localize = Localize(
+        {network.name: network.preprocessing.crop_size for network in networks},
+        rectified=[name for name, method in METHODS.items() if method.relu],
+        tally=tally,
+    )
+    return Decode(samplings, options.view, tally), pools, localize
+
+
+def dry_run(options: argparse.Namespace, manifest: Manifest, networks: Sequence[Network]) -> int:
+    """Say what the job would do, from a timed sample, and start nothing."""
+    decode, pools, localize = stages(options, networks, None, _BATCH_ON_CPU)
+    for network, arguments in zip(networks, pools, strict=True):
+        arguments["load"] = partial(lambda network: network, network)
+    found = estimate(manifest.table, networks, decode, pools, localize)
+    print(f"networks: {', '.join(network.name for network in networks)}")
+    print(found.told(options.price_per_hour))
+    return 0
+
+
 def explain(
     options: argparse.Namespace, images: int, networks: Sequence[Network], allotment: Allotment
 ) -> Counts:
@@ -207,10 +255,10 @@ def explain(
     and decoded once, and nothing waits for the whole collection.
     """
     rows = rows_per_shard(images, allotment)
-    batch_size = options.batch_size or (_BATCH_ON_GPU if allotment.num_gpus else _BATCH_ON_CPU)
-    samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
-    uses = [samplings.index(sampling_of(network.preprocessing)) for network in networks]
     tally = start_tally()
+    decode, pools, localize = stages(
+        options, networks, tally, _BATCH_ON_GPU if allotment.num_gpus else _BATCH_ON_CPU
+    )
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -221,26 +269,11 @@ def explain(
     filesystem, manifest_path = locate(join(options.output, "manifest.parquet"))
     stream = ray.data.read_parquet(manifest_path, filesystem=filesystem, num_cpus=TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
-    stream = stream.map_batches(
-        Decode(samplings, options.view, tally),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=TASK_CPUS,
-    )
-    for index, (network, sampling) in enumerate(zip(networks, uses, strict=True)):
+    stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    for network, arguments in zip(networks, pools, strict=True):
         stream = stream.map_batches(
             Explain,
-            fn_constructor_kwargs={
-                "load": partial(ray.get, ray.put(network)),
-                "methods": options.methods,
-                "top_k": options.top_k,
-                "explain_label": options.explain_label,
-                "sampling": sampling,
-                "last_use": sampling not in uses[index + 1 :],
-                "batch_size": batch_size,
-                "is_last": index == len(networks) - 1,
-                "tally": tally,
-            },
+            fn_constructor_kwargs=arguments | {"load": partial(ray.get, ray.put(network))},
             compute=ray.data.ActorPoolStrategy(size=allotment.actors),
             batch_size=rows,
             batch_format="pyarrow",
@@ -248,14 +281,7 @@ def explain(
             num_gpus=allotment.num_gpus or None,
         )
     stream = stream.map_batches(
-        Localize(
-            {network.name: network.preprocessing.crop_size for network in networks},
-            rectified=[name for name, method in METHODS.items() if method.relu],
-            tally=tally,
-        ),
-        batch_size=None,
-        batch_format="pyarrow",
-        num_cpus=TASK_CPUS,
+        localize, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
     )
     sink = ShardSink(
         options.output,
@@ -277,9 +303,9 @@ def explain(
 
 def root_cause(error: BaseException) -> str:
     """The innermost of the errors that Ray wraps into one another, in one line."""
-    while error.__cause__ is not None or getattr(error, "cause", None) is not None:
-        error = getattr(error, "cause", None) or error.__cause__
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    while inner := getattr(error, "cause", None) or error.__cause__:
+        error = inner
+    lines = str(error).strip().splitlines() or ["no message"]
     return lines[-1] if isinstance(error, ScacamError) else f"{type(error).__name__}: {lines[-1]}"
 
 

@@ -1,0 +1,142 @@
+"""The dry run: what a job would do, how long it would take and how large its output would be."""
+
+import io
+import os
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+from decode_stage import Decode
+from explain_stage import Explain
+from localize_stage import Localize
+from stream import explanations_column
+
+from scacam.containers import read_image
+from scacam.errors import RunError
+from scacam.networks import Network
+from scacam.tables import explanations
+
+__all__ = ["Estimate", "estimate"]
+
+_SAMPLE = 16
+
+
+class Estimate(NamedTuple):
+    """What a sample of the images says of all of them.
+
+    Attributes:
+        images: how many there are.
+        failed: the share of the sample that could not be explained.
+        input_bytes, output_bytes: of all images.
+        seconds: core-seconds per image, by stage.
+    """
+
+    images: int
+    failed: float
+    input_bytes: float
+    output_bytes: float
+    seconds: dict[str, float]
+
+    def told(self, price_per_hour: float | None) -> str:
+        """In words, with the cost if the price of this machine per hour is known."""
+        cores = os.cpu_count() or 1
+        per_image = sum(self.seconds.values())
+        hours = self.images * per_image / 3600
+        lines = [
+            f"images: {self.images:,}, about {_bytes(self.input_bytes)} to read",
+            f"output: about {_bytes(self.output_bytes)}, "
+            f"{self.output_bytes / self.images:,.0f} bytes per image",
+            f"time: {1000 * per_image:,.1f} core-milliseconds per image ("
+            + ", ".join(f"{name} {1000 * value:,.1f}" for name, value in self.seconds.items())
+            + f"), {hours:,.2f} core-hours; about {_time(3600 * hours / cores)} on {cores} cores "
+            "like these, without a GPU",
+        ]
+        if self.failed:
+            lines.append(f"errors: {self.failed:.0%} of the sampled images cannot be explained")
+        if price_per_hour is not None:
+            cost = hours / cores * price_per_hour
+            lines.append(f"cost: about {cost:,.2f} at {price_per_hour:g} per hour of {cores} cores")
+        return "\n".join([*lines, f"(from a timed sample of {min(_SAMPLE, self.images)} images)"])
+
+
+def estimate(
+    manifest: pa.Table,
+    networks: Sequence[Network],
+    decode: Decode,
+    explain: Sequence[dict[str, Any]],
+    localize: Localize,
+) -> Estimate:
+    """Send a sample of the images through the stages, in this process.
+
+    Args:
+        manifest: the images.
+        networks: the networks.
+        decode: the first stage.
+        explain: by network, the arguments of its stage.
+        localize: the last stage.
+
+    Raises:
+        RunError: none of the sampled images can be explained.
+    """
+    rows = np.unique(np.linspace(0, len(manifest) - 1, _SAMPLE).astype(np.int64))
+    batch = manifest.take(rows)
+    seconds: dict[str, float] = {}
+
+    def timed(name: str, stage: Any, batch: pa.Table) -> pa.Table:
+        began = time.perf_counter()
+        after = stage(batch)
+        seconds[name] = (time.perf_counter() - began) / len(batch)
+        return after
+
+    batch = timed("decode", decode, batch)
+    for network, arguments in zip(networks, explain, strict=True):
+        stage = Explain(**arguments)
+        stage(batch)  # the first pass pays for allocations
+        batch = timed(f"explain {network.name}", stage, batch)
+    batch = timed("localize", localize, batch)
+    good = batch.filter(pc.is_null(batch["error"]))
+    if not len(good):
+        first = f"{batch['uri'][0]}: {batch['message'][0]}"
+        raise RunError(f"none of {len(batch)} sampled images can be explained; the first, {first}")
+    share = len(good) / len(batch)
+    output = sum(_stored(good, network) for network in networks) / len(batch)
+    return Estimate(
+        images=len(manifest),
+        failed=1 - share,
+        input_bytes=_input_bytes(manifest, good),
+        output_bytes=output * len(manifest),
+        seconds=seconds,
+    )
+
+
+def _stored(batch: pa.Table, network: Network) -> int:
+    lists = batch[explanations_column(network.name)].combine_chunks()
+    buffer = io.BytesIO()
+    rows = explanations(batch, lists, network.feature_shape[1:])
+    pyarrow.parquet.write_table(rows, buffer, compression="zstd")
+    return buffer.tell()
+
+
+def _input_bytes(manifest: pa.Table, sample: pa.Table) -> float:
+    if not manifest["size"].null_count:
+        return pc.sum(manifest["size"]).as_py()
+    sizes = [len(read_image(uri)) for uri in sample["uri"].to_pylist()]
+    return len(manifest) * sum(sizes) / len(sizes)
+
+
+def _bytes(count: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:,.0f} {unit}"
+        count /= 1000
+    return f"{count:,.1f} TB"
+
+
+def _time(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:,.0f} s"
+    return f"{seconds / 60:,.0f} min" if seconds < 7200 else f"{seconds / 3600:,.1f} h"
