@@ -9,7 +9,6 @@ import argparse
 import logging
 import sys
 import time
-from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -22,6 +21,7 @@ from decode_stage import Decode
 from estimate import estimate
 from explain_stage import Explain
 from inputs import Manifest, read_manifest, refuse_unknown_labels
+from loading import add_network_options, load_networks, parse_networks
 from localize_stage import Localize
 from lock import locked
 from progress import Counts, shares, shown, start_tally
@@ -34,7 +34,7 @@ from stream import sampling_of
 from scacam.errors import RunError, ScacamError
 from scacam.images import VIEWS
 from scacam.methods import METHODS
-from scacam.networks import Network, load_network
+from scacam.networks import Network
 from scacam.storage import join, locate
 
 logger = logging.getLogger("scacam")
@@ -52,14 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         help="folder or s3:// prefix of images, or a .csv or .parquet manifest (uri, label)",
     )
     parser.add_argument("--output", required=True, help="folder or s3:// prefix for the results")
-    parser.add_argument(
-        "--networks",
-        required=True,
-        nargs="+",
-        metavar="NAME[=WEIGHTS]",
-        help="torchvision's or scacam's name of a network, or package.module:factory; "
-        "WEIGHTS is a published name, a checkpoint or 'random' (default: DEFAULT)",
-    )
+    add_network_options(parser)
     parser.add_argument(
         "--methods",
         nargs="+",
@@ -119,7 +112,7 @@ def run(options: argparse.Namespace) -> int:
     if not options.dry_run:
         refuse_output(options.output)
     manifest = read_manifest(options.input, options.limit)
-    networks = load_networks(options.networks)
+    networks = load_networks(options)
     check_networks(options, networks, manifest)
     if options.dry_run:
         return dry_run(options, manifest, networks)
@@ -160,20 +153,7 @@ def check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise RunError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    names = [network.partition("=")[0] for network in options.networks]
-    repeated = [name for name, count in Counter(names).items() if count > 1]
-    if repeated:
-        raise RunError(f"network {repeated[0]!r} is there twice; one run holds it once")
-
-
-def load_networks(specifications: Sequence[str]) -> list[Network]:
-    """Load each `NAME[=WEIGHTS]`."""
-    networks = []
-    for specification in specifications:
-        name, _, weights = specification.partition("=")
-        logger.info("loading %s", specification)
-        networks.append(load_network(name, weights or "DEFAULT"))
-    return networks
+    parse_networks(options.networks)
 
 
 def check_networks(

@@ -1,6 +1,8 @@
 """Weights from a file, local or on object storage, never running code that lies in it."""
 
+import argparse
 import io
+import re
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ __all__ = ["is_checkpoint", "load_into", "num_classes_in", "read_state_dict"]
 
 _SUFFIXES = (".pth", ".pt", ".bin", ".ckpt", ".safetensors")
 _WRAPPERS = ("state_dict", "model_state_dict", "model")
+# Files published for torchvision's DenseNets still have the keys of 2017.
+_OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.)")
 
 
 def is_checkpoint(weights: str) -> bool:
@@ -36,10 +40,9 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
     try:
         state = _parse(path, data)
     except Exception as error:  # torch and safetensors raise many kinds for a broken file
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise NetworkError(
-            f"checkpoint {path} is no state dict that can be loaded without running code: "
-            f"{first_line}"
+            f"checkpoint {path} is no state dict that can be loaded without running code "
+            f"({_reason(error)}); save the state dict alone"
         ) from error
     for wrapper in _WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -48,7 +51,7 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
         raise NetworkError(f"checkpoint {path} holds no state dict: a dict of tensors by name")
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    return state
+    return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
 
 
 def _parse(path: str, data: bytes) -> object:
@@ -58,7 +61,17 @@ def _parse(path: str, data: bytes) -> object:
         except ImportError as error:
             raise NetworkError("pip install safetensors to read it") from error
         return load(data)
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    # The training scripts of torchvision and timm save their arguments beside the weights.
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong, out of a message that goes on about what else one could do."""
+    found = re.search(r"Unsupported global: GLOBAL (\S+)", str(error))
+    if found:
+        return f"it holds a {found[1]}"
+    return str(error).partition("\n")[0].partition(". ")[0] or type(error).__name__
 
 
 def num_classes_in(state: dict[str, Tensor], module: nn.Module) -> int | None:

@@ -6,7 +6,8 @@ The usual heads have a gradient in closed form, so that explaining a class costs
 every other head is differentiated by autograd.
 """
 
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scacam.errors import NetworkError
+from scacam.gradients import Gradients, MaskedGradients, weigh
 
 __all__ = ["Anatomy", "Head", "TargetLayer", "capture", "examine"]
 
@@ -23,28 +25,38 @@ _NOT_FEATURES = (
     nn.Identity,
     nn.Flatten,
     nn.modules.dropout._DropoutNd,
+    nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
 )
 
 # Operations of the autograd graph, without their suffix `Backward0`.
-_SHAPING = {"Clone", "View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "AsStrided"}
+_SHAPING = {
+    "Clone", "View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "AsStrided",
+    "Permute", "Transpose",
+}  # fmt: skip
 _POOLING = {"Mean", "AvgPool2D"}
 _LINEAR = {"Addmm", "Mm", "Linear", "Convolution", "MkldnnConvolution"}
 _OTHERS = {
     "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "AdaptiveMaxPool2D", "MaxPool2DWithIndices",
     "Relu", "LeakyRelu", "Elu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Tanh", "Sigmoid", "Mul",
-    "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm",
-    "Permute", "Transpose", "Pow", "Clamp",
+    "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "Pow", "Clamp",
 }  # fmt: skip
 _SINGLE_PATH = _SHAPING | _POOLING | _LINEAR | _OTHERS
 
 
 class TargetLayer(NamedTuple):
-    """A layer by name, and which of its calls in one forward pass is meant; the first is 0."""
+    """A layer's output.
+
+    Attributes:
+        name: of the layer.
+        call: which of its calls in one forward pass is meant; the first is 0.
+        channels_last: whether it gives `[B, h, w, C]`, as the layers of a Swin transformer do.
+    """
 
     name: str
     call: int = 0
+    channels_last: bool = False
 
 
 @dataclass
@@ -81,12 +93,16 @@ def capture(module: nn.Module, target: TargetLayer, *, differentiable: bool) -> 
                 f"layer {target.name!r} gives {_described(output)}, not a spatial map "
                 "[batch, channels, h, w]; name another target layer"
             )
-        captured.features = output.detach()
+        features = output.detach()
+        if target.channels_last:
+            features = features.permute(0, 3, 1, 2)
+        captured.features = features
         if differentiable:
             torch.set_grad_enabled(True)
-            captured.features.requires_grad_()
+            features.requires_grad_()
         # What runs next may work in place: it gets a copy.
-        return captured.features.clone()
+        copy = features.clone()
+        return copy.permute(0, 2, 3, 1) if target.channels_last else copy
 
     handle = module.get_submodule(target.name).register_forward_hook(hook)
     try:
@@ -112,6 +128,10 @@ def _find_target_layer(module: nn.Module, images: Tensor, name: str | None) -> T
     try:
         with torch.no_grad():
             logits = module(images)
+    except Exception as error:  # the user's code may raise anything
+        raise NetworkError(
+            f"it does not run on images of shape {list(images.shape)}: {error}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -121,18 +141,34 @@ def _find_target_layer(module: nn.Module, images: Tensor, name: str | None) -> T
             "wrap it in a module that returns its logits"
         )
     if name is None:
-        name = _last_spatial(calls, classes=logits.shape[1])
-    return TargetLayer(name, sum(other == name for other, _, _ in calls) - 1)
+        name = _last_spatial(calls, images.shape, classes=logits.shape[1])
+    shapes = [shape for other, _, shape in calls if other == name]
+    if not shapes:
+        raise NetworkError(f"layer {name!r} did not run in the forward pass; name another")
+    return TargetLayer(name, len(shapes) - 1, _is_channels_last(shapes[-1], images.shape))
 
 
-def _last_spatial(calls: list[tuple[str, nn.Module, tuple[int, ...]]], classes: int) -> str:
+def _is_channels_last(shape: tuple[int, ...], images: Sequence[int]) -> bool:
+    """Whether a map has the aspect of the images as `[B, h, w, C]` rather than `[B, C, h, w]`."""
+    if len(shape) != 4:
+        return False
+    _, first, second, third = shape
+    aspect = math.log(images[2] / images[3])
+    return abs(math.log(first / second) - aspect) < abs(math.log(second / third) - aspect)
+
+
+def _last_spatial(
+    calls: list[tuple[str, nn.Module, tuple[int, ...]]], images: Sequence[int], classes: int
+) -> str:
     found = None
     spatial = None
     for name, layer, shape in calls:
         if isinstance(layer, nn.Linear | nn.Conv2d) and shape[1:2] == (classes,):
             found = spatial  # the classifier, unless another one follows
-        is_map = len(shape) == 4 and shape[2] * shape[3] > 1
-        if is_map and not isinstance(layer, _NOT_FEATURES):
+        if len(shape) != 4 or shape[0] != images[0] or isinstance(layer, _NOT_FEATURES):
+            continue
+        cells = shape[1:3] if _is_channels_last(shape, images) else shape[2:]
+        if cells != (1, 1):
             spatial = name
     if found is None:
         raise NetworkError(
@@ -140,6 +176,12 @@ def _last_spatial(calls: list[tuple[str, nn.Module, tuple[int, ...]]], classes: 
             "linear or convolutional classifier; name a target layer"
         )
     return found
+
+
+Kind = Literal["pooled", "rectified", "scores", "general"]
+
+# By what happens between features and logits: pooling, linear layer, ReLU.
+_KINDS: dict[str, Kind] = {"pl": "pooled", "lp": "pooled", "rpl": "rectified", "lrp": "scores"}
 
 
 @dataclass(frozen=True)
@@ -154,7 +196,7 @@ class Head:
             a general head.
     """
 
-    kind: Literal["pooled", "rectified", "scores", "general"]
+    kind: Kind
     classifier: str | None
 
     def class_weights(self, module: nn.Module) -> Tensor | None:
@@ -167,7 +209,7 @@ class Head:
 
     def gradients(
         self, module: nn.Module, features: Tensor, logits: Tensor, class_ids: Tensor
-    ) -> Tensor:
+    ) -> Gradients:
         """Gradients of the logits of some classes with respect to the features (Equation 4).
 
         Args:
@@ -177,28 +219,29 @@ class Head:
             class_ids: `[B, K]`.
 
         Returns:
-            `[B, K, C, h, w]`, or `[B, K, C, 1, 1]` where they do not depend on the position.
+            What `scacam.methods` take, in the most compact form.
         """
-        weights = self.class_weights(module)
-        if weights is None:
+        class_weights = self.class_weights(module)
+        if class_weights is None:
             return _differentiate(logits, features, class_ids)
-        cells = features.shape[2] * features.shape[3]
-        per_cell = (weights[class_ids] / cells)[..., None, None]
+        weights = class_weights[class_ids].to(features.dtype)
+        per_cell = (weights / (features.shape[2] * features.shape[3]))[..., None, None]
         if self.kind == "rectified":
-            return per_cell * (features > 0)[:, None]
+            return MaskedGradients(per_cell, (features > 0).to(features.dtype)[:, None])
         if self.kind == "scores":
             assert self.classifier is not None
-            scores = torch.einsum("bkc,bchw->bkhw", weights[class_ids], features)
+            scores = weigh(weights, features)
             bias = module.get_submodule(self.classifier).bias
             if isinstance(bias, Tensor):
                 scores = scores + bias.detach()[class_ids][..., None, None]
-            return per_cell * (scores > 0)[:, :, None]
+            return MaskedGradients(per_cell, (scores > 0).to(features.dtype)[:, :, None])
         return per_cell
 
 
 def _differentiate(logits: Tensor, features: Tensor, class_ids: Tensor) -> Tensor:
     """One backward pass through the head per explained class of the whole batch."""
-    chosen = logits.gather(1, class_ids).sum(0)
+    with torch.enable_grad():
+        chosen = logits.gather(1, class_ids).sum(0)
     return torch.stack(
         [torch.autograd.grad(logit, features, retain_graph=True)[0] for logit in chosen], dim=1
     )
@@ -242,14 +285,16 @@ def examine(module: nn.Module, images: Tensor, target_layer: str | None = None) 
             logits = module(images)
         features = captured.of(target)
         operations = _operations(logits, target)
-        head = _recognise(module, operations, features.shape[1], logits.shape[1])
-        if head.kind != "general":
-            class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
+        head = Head("general", None)
+        class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
+        for candidate in _candidates(module, operations, features.shape[1], logits.shape[1]):
             expected = _differentiate(logits, features, class_ids)
             with torch.no_grad():
-                actual = head.gradients(module, features, logits, class_ids)
-            if not (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
-                head = Head("general", None)
+                found = candidate.gradients(module, features, logits, class_ids)
+            actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
+            if (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
+                head = candidate
+                break
     channels, height, width = features.shape[1:]
     return Anatomy(target, head, bool(operations), (channels, height, width), logits.shape[1])
 
@@ -269,23 +314,24 @@ def _operations(logits: Tensor, target: TargetLayer) -> list[str]:
     return operations[::-1]
 
 
-def _recognise(module: nn.Module, operations: list[str], channels: int, classes: int) -> Head:
-    """The head by its operations; which layer classifies, by the shape of its weights."""
+def _candidates(
+    module: nn.Module, operations: list[str], channels: int, classes: int
+) -> list[Head]:
+    """What the head may be by its operations, with each layer that may classify by its shape."""
     steps = "".join(
         "p" if step in _POOLING else "l" if step in _LINEAR else "r" if step == "Relu" else "?"
         for step in operations
         if step not in _SHAPING
     )
-    kinds = {"pl": "pooled", "lp": "pooled", "rpl": "rectified", "lrp": "scores"}
-    candidates = [
-        name
+    kind = _KINDS.get(steps)
+    if kind is None:
+        return []
+    return [
+        Head(kind, name)
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear | nn.Conv2d)
         and layer.weight.shape in ((classes, channels), (classes, channels, 1, 1))
     ]
-    if steps not in kinds or not candidates:
-        return Head("general", None)
-    return Head(kinds[steps], candidates[-1])  # type: ignore[arg-type]
 
 
 @contextmanager

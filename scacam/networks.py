@@ -3,14 +3,12 @@
 import hashlib
 import importlib
 import sys
-import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
 import torch
-import torchvision
 from torch import Tensor, nn
 
 from scacam.checkpoints import is_checkpoint, load_into, num_classes_in, read_state_dict
@@ -18,11 +16,13 @@ from scacam.errors import NetworkError
 from scacam.heads import examine
 from scacam.images import Preprocessing
 from scacam.methods import METHODS
-from scacam.zoo import ZOO
+from scacam.zoo import find_recipe
 
 __all__ = ["Network", "load_network"]
 
 _SEED = 0
+_CLASSES = 1000
+"""Of a network with random weights, and of a checkpoint until its weights say otherwise."""
 
 
 class Network:
@@ -99,11 +99,11 @@ class Network:
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """From uint8 pixels `[B, H, W, channels]` to what the module wants, on the same device."""
-        parameter = next(self.module.parameters())
-        images = pixels.permute(0, 3, 1, 2).to(parameter.dtype) / 255
+        dtype = next(self.module.parameters()).dtype
+        images = pixels.permute(0, 3, 1, 2).to(torch.promote_types(dtype, torch.float32)) / 255
         mean = torch.tensor(self.preprocessing.mean).to(images)[:, None, None]
         std = torch.tensor(self.preprocessing.std).to(images)[:, None, None]
-        return (images - mean) / std
+        return ((images - mean) / std).to(dtype)
 
     def digest(self) -> str:
         """SHA-256 of the state dict: names, types, shapes and values."""
@@ -137,11 +137,11 @@ def load_network(
     """Load a network by name, its parameters frozen.
 
     Args:
-        name: a torchvision classification network, one of `scacam.zoo.ZOO`, or
+        name: a network that `scacam.zoo` knows (torchvision's, `timm.NAME`, scacam's own), or
             `package.module:factory`, a callable that returns an `nn.Module` or a `Network`.
-        weights: a torchvision weights name (`DEFAULT`, `IMAGENET1K_V1`, …), the path or `s3://` uri
-            of a state-dict checkpoint, or `random` (from a fixed seed). A factory's `DEFAULT` is
-            what it returns.
+        weights: the name of published weights (`DEFAULT`, `IMAGENET1K_V1`, …), the path or `s3://`
+            uri of a state-dict checkpoint, or `random` (from a fixed seed). A factory's `DEFAULT`
+            is what it returns.
         target_layer: the layer to explain; left out, it is found.
         categories: names of the classes; left out, those published with the network, if it has as
             many classes.
@@ -152,87 +152,44 @@ def load_network(
     """
     if ":" in name:
         network = _from_factory(name, weights, target_layer, categories)
-    elif name in ZOO:
-        network = _from_zoo(name, weights, target_layer, categories)
-    elif name in torchvision.models.list_models(module=torchvision.models):
-        network = _from_torchvision(name, weights, target_layer, categories)
     else:
-        raise NetworkError(
-            f"unknown network {name!r}: neither torchvision nor scacam has it (a factory of your "
-            "own is written package.module:factory)"
-        )
+        network = _from_recipe(name, weights, target_layer, categories)
     network.module.requires_grad_(False)
     return network
 
 
-def _from_torchvision(
+def _from_recipe(
     name: str, weights: str, target_layer: str | None, categories: Sequence[str] | None
 ) -> Network:
-    published = torchvision.models.get_model_weights(name)
-
-    def build(num_classes: int) -> nn.Module:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # two networks announce that initialising them is slow
-            return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
-
-    if weights == "random" or is_checkpoint(weights):
-        recipe = next(iter(published))  # the plain one, which users' own training follows
-        module = _initialised(build, weights)
+    recipe = find_recipe(name, weights)
+    if weights == "random":
+        module = _seeded(partial(recipe.build, _CLASSES))
+    elif is_checkpoint(weights):
+        module = _restored(recipe.build, weights)
     else:
-        try:
-            recipe = published[weights]
-        except KeyError as error:
-            raise NetworkError(
-                f"{name} has no weights {weights!r}; it has {', '.join(published.__members__)}, "
-                "random, or the path of a checkpoint"
-            ) from error
-        try:
-            module = torchvision.models.get_model(name, weights=recipe)
-        except (URLError, OSError, RuntimeError) as error:
-            raise NetworkError(
-                f"cannot download the weights {recipe} ({error}); give a checkpoint as "
-                f"{name}=PATH, or {name}=random"
-            ) from error
-    transform = recipe.transforms()
-    preprocessing = Preprocessing(
-        crop_size=(transform.crop_size[0],) * 2,
-        resize_size=transform.resize_size[0],
-        interpolation=transform.interpolation.value,
-        mean=tuple(transform.mean),
-        std=tuple(transform.std),
-    )
-    return Network(
+        module, weights = recipe.publish(), recipe.weights
+    network = Network(
         module,
         name=name,
         target_layer=target_layer,
-        preprocessing=preprocessing,
-        categories=_categories(module, categories, recipe.meta["categories"]),
-        weights=weights if is_checkpoint(weights) or weights == "random" else recipe.name,
-    )
-
-
-def _from_zoo(
-    name: str, weights: str, target_layer: str | None, categories: Sequence[str] | None
-) -> Network:
-    entry = ZOO[name]
-    if weights == "DEFAULT":
-        module = entry.build(1000)
-        load_into(module, entry.published(), f"of {name}")
-    elif weights == "random" or is_checkpoint(weights):
-        module = _initialised(entry.build, weights)
-    else:
-        raise NetworkError(
-            f"{name} has no weights {weights!r}; it has DEFAULT, random, or a checkpoint"
-        )
-    imagenet = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
-    return Network(
-        module,
-        name=name,
-        target_layer=target_layer,
-        preprocessing=entry.preprocessing,
-        categories=_categories(module, categories, imagenet),
+        preprocessing=recipe.preprocessing,
+        categories=categories,
         weights=weights,
     )
+    if categories is None and network.num_classes == len(recipe.categories):
+        network.categories = tuple(recipe.categories)
+    return network
+
+
+def _restored(build: Callable[[int], nn.Module], path: str) -> nn.Module:
+    """A module with a checkpoint's weights, sized to its number of classes."""
+    state = read_state_dict(path)
+    module = _seeded(partial(build, _CLASSES))
+    num_classes = num_classes_in(state, module)
+    if num_classes is not None:
+        module = _seeded(partial(build, num_classes))
+    load_into(module, state, path)
+    return module
 
 
 def _from_factory(
@@ -270,29 +227,7 @@ def _from_factory(
     )
 
 
-def _initialised(build: Callable[[int], nn.Module], weights: str) -> nn.Module:
-    """A module with random weights, or with a checkpoint's, sized to its number of classes."""
-    module = _seeded(lambda: build(1000))
-    if weights == "random":
-        return module
-    state = read_state_dict(weights)
-    num_classes = num_classes_in(state, module)
-    if num_classes is not None:
-        module = build(num_classes)
-    load_into(module, state, weights)
-    return module
-
-
 def _seeded(build: Callable[[], Any]) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         return build()
-
-
-def _categories(
-    module: nn.Module, given: Sequence[str] | None, published: Sequence[str]
-) -> Sequence[str] | None:
-    if given is not None:
-        return given
-    classifiers = [layer for layer in module.modules() if isinstance(layer, nn.Linear | nn.Conv2d)]
-    return published if classifiers[-1].weight.shape[0] == len(published) else None
