@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from scacam.explainer import Explainer, Explanation
     from scacam.images import Preprocessing
     from scacam.networks import Network, load_network
+    from scacam.results import Run, open_run
 
 __version__ = "0.1.0"
 
@@ -27,10 +28,12 @@ __all__ = [
     "Network",
     "NetworkError",
     "Preprocessing",
+    "Run",
     "RunError",
     "ScacamError",
     "load_network",
     "methods",
+    "open_run",
 ]
 
 _HOMES = {
@@ -38,7 +41,9 @@ _HOMES = {
     "Explanation": "scacam.explainer",
     "Network": "scacam.networks",
     "Preprocessing": "scacam.images",
+    "Run": "scacam.results",
     "load_network": "scacam.networks",
+    "open_run": "scacam.results",
 }
 
 
