@@ -29,15 +29,20 @@ class Localization(NamedTuple):
 
 
 def localize(
-    heatmaps: np.ndarray, relu: np.ndarray, views: np.ndarray, input_size: tuple[int, int]
+    heatmaps: np.ndarray,
+    relu: np.ndarray,
+    views: np.ndarray,
+    input_size: tuple[int, int],
+    threshold: float = BOX_THRESHOLD,
 ) -> Localization:
-    """Find the peak of each raw map, and the box of its largest region above 20 % of the maximum.
+    """Find the peak of each raw map, and the box of its largest region above a threshold.
 
     Args:
         heatmaps: `[N, h, w]`, raw and signed, in any scale.
         relu: bool `[N]`, whether the method applies a ReLU before it localizes.
         views: `[N, 4]`, the view of each map in its original image: x0, y0, x1, y1.
         input_size: height and width of the network's input, to which a map is upsampled.
+        threshold: as a share of the map's maximum.
 
     Returns:
         Coordinates in continuous pixels of the original image, x to the right, y down. A constant
@@ -46,7 +51,7 @@ def localize(
     heatmaps = np.ascontiguousarray(heatmaps, dtype=np.float32)
     count, map_height, map_width = heatmaps.shape
     height, width = input_size
-    flat = heatmaps.reshape(count, -1)
+    flat = heatmaps.reshape(count, map_height * map_width)
     constant = flat.max(1) == flat.min(1)
 
     rows, columns = np.divmod(flat.argmax(1), map_width)
@@ -56,9 +61,13 @@ def localize(
 
     boxes = np.full((count, 4), np.nan, dtype=np.float32)
     kept = np.where(relu[:, None, None], heatmaps.clip(min=0), heatmaps)
+    known: dict[bytes, tuple[int, int, int, int]] = {}  # some maps are the same for every class
     for index in np.flatnonzero(~constant & (flat.max(1) > 0)):
-        upsampled = upsample(kept[index], input_size)
-        boxes[index] = box_of_region(upsampled > BOX_THRESHOLD * upsampled.max())
+        key = kept[index].tobytes()
+        if key not in known:
+            upsampled = upsample(kept[index], input_size)
+            known[key] = box_of_region(upsampled > threshold * upsampled.max())
+        boxes[index] = known[key]
     boxes /= np.array([width, height, width, height], dtype=np.float32)
     corners = _in_image(boxes.reshape(count, 2, 2), views[:, None])
     return Localization(peaks, corners.reshape(count, 4))
@@ -76,9 +85,14 @@ def box_of_region(mask: np.ndarray) -> tuple[int, int, int, int]:
 
     Of regions of equal size, the first in reading order counts. The mask must not be empty.
     """
-    _, _, stats, _ = cv2.connectedComponentsWithStats(mask.astype(np.uint8), connectivity=8)
-    x, y, width, height, _ = stats[1 + stats[1:, cv2.CC_STAT_AREA].argmax()]
-    return int(x), int(y), int(x + width), int(y + height)
+    region = mask.astype(np.uint8)
+    contours, _ = cv2.findContours(region, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
+    if len(contours) > 1:  # several regions, or holes: label them, which takes ten times as long
+        _, labels = cv2.connectedComponents(region, connectivity=8)
+        areas = np.bincount(labels.ravel())
+        region = (labels == 1 + areas[1:].argmax()).astype(np.uint8)
+    x, y, width, height = cv2.boundingRect(region)
+    return x, y, x + width, y + height
 
 
 def _in_image(points: np.ndarray, views: np.ndarray) -> np.ndarray:
