@@ -12,8 +12,12 @@ __all__ = ["Allotment", "allot", "cores", "rows_per_shard", "start_ray"]
 _EMBEDDED_CPUS_MIN = 4
 _SHARD_ROWS_MAX = 512
 
-TASK_CPUS = 0.25
-"""What a task that decodes or writes reserves: it shares its core with an explaining actor."""
+TASK_CPUS = 0.45
+"""What a task that decodes or writes reserves: it shares its core with an explaining actor.
+
+As much as such an actor reserves, half a core, and Ray would run decoding inside of it. Less, and
+so many processes start that they cost more than they do.
+"""
 
 
 class Allotment(NamedTuple):
@@ -25,14 +29,18 @@ class Allotment(NamedTuple):
 
 
 def start_ray() -> None:
-    """Join the cluster there is, or start one inside this process, without a dashboard."""
+    """Join the cluster of `RAY_ADDRESS`, which `ray job submit` sets, or start one of our own.
+
+    Ray's own search for a cluster is left out: it also finds one inside another job of this
+    machine, which ends with that job.
+    """
     if ray.is_initialized():
         return
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    try:
-        ray.init(address="auto", **quiet)
-    except ConnectionError:
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(**quiet)
+    else:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are for operators
         cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)

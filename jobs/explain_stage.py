@@ -122,7 +122,10 @@ class Explain:
     def _explain(self, samples: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         import torch
 
-        images = self.network.normalize(torch.from_numpy(samples).to(self.device))
+        pixels = torch.from_numpy(samples)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        images = self.network.normalize(pixels.to(self.device, non_blocking=True))
         # An image without a label gets class 0 explained, and that is left out again below.
         wanted = torch.from_numpy(labels.clip(min=0)).long().to(self.device)
         explanation = self.explainer(images, wanted if self.explain_label else None)

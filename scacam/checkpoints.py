@@ -4,6 +4,7 @@ import argparse
 import io
 import re
 
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -56,11 +57,7 @@ def read_state_dict(path: str) -> dict[str, Tensor]:
 
 def _parse(path: str, data: bytes) -> object:
     if path.endswith(".safetensors"):
-        try:
-            from safetensors.torch import load
-        except ImportError as error:
-            raise NetworkError("pip install safetensors to read it") from error
-        return load(data)
+        return safetensors.torch.load(data)
     # The training scripts of torchvision and timm save their arguments beside the weights.
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)

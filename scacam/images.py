@@ -4,6 +4,7 @@ An image is upright (its EXIF orientation applied) and RGB or gray before anythi
 The *view* is the rectangle of it, in its own pixels, that is resized to the network's input.
 """
 
+import contextlib
 import io
 import warnings
 from dataclasses import dataclass
@@ -80,7 +81,8 @@ def decode(data: bytes) -> Image.Image:
             warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data))
             image.load()
-            return _to_rgb(_upright(image))
+            _turn_upright(image)
+            return _to_rgb(image)
     except Image.DecompressionBombError as error:
         raise ImageError("too_large", str(error)) from error
     except Image.UnidentifiedImageError as error:
@@ -90,18 +92,17 @@ def decode(data: bytes) -> Image.Image:
         raise ImageError("corrupt", f"{type(error).__name__}: {error}") from error
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # unreadable metadata does not make the pixels unreadable
-        return image
+def _turn_upright(image: Image.Image) -> None:
+    # Unreadable metadata does not make the pixels unreadable.
+    with contextlib.suppress(Exception):
+        ImageOps.exif_transpose(image, in_place=True)
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):
         samples = np.asarray(image, dtype=np.int64)
         image = Image.fromarray((samples.clip(0, 65535) // 257).astype(np.uint8))
-    return image.convert("RGB")
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def view_of(width: int, height: int, preprocessing: Preprocessing, view: ViewName) -> View:
