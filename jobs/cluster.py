@@ -7,7 +7,9 @@ from typing import Any, NamedTuple
 
 import ray
 
-__all__ = ["Allotment", "allot", "cores", "rows_per_shard", "start_ray"]
+from scacam.errors import ScacamError
+
+__all__ = ["Allotment", "allot", "cores", "root_cause", "rows_per_shard", "start_ray"]
 
 _EMBEDDED_CPUS_MIN = 4
 _SHARD_ROWS_MAX = 512
@@ -78,3 +80,11 @@ def _share(whole: float, parts: int) -> float:
 def rows_per_shard(images: int, allotment: Allotment) -> int:
     """Images per shard: four shards per actor in a small run, a bounded size in a large one."""
     return max(1, min(math.ceil(images / (4 * allotment.actors)), _SHARD_ROWS_MAX))
+
+
+def root_cause(error: BaseException) -> str:
+    """The innermost of the errors that Ray wraps into one another, in one line."""
+    while inner := getattr(error, "cause", None) or error.__cause__:
+        error = inner
+    lines = str(error).strip().splitlines() or ["no message"]
+    return lines[-1] if isinstance(error, ScacamError) else f"{type(error).__name__}: {lines[-1]}"

@@ -21,7 +21,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 import ray
 import ray.data
-from cluster import start_ray
+import ray.exceptions
+from cluster import root_cause, start_ray
 from lock import locked
 from measure import MeasureBoxes, MeasureMasks, ScoreImages, unpack_histograms, unpack_hits
 from proof import shards_of
@@ -80,6 +81,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return evaluate(options)
     except ScacamError as error:
         print(f"evaluate: {error}", file=sys.stderr)
+        return 2
+    except ray.exceptions.RayError as error:  # a shard that is broken, say
+        print(f"evaluate: stopped: {root_cause(error)}", file=sys.stderr)
         return 2
 
 

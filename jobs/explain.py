@@ -16,7 +16,7 @@ from typing import Any
 
 import ray
 import ray.data
-from cluster import TASK_CPUS, Allotment, allot, cores, rows_per_shard, start_ray
+from cluster import TASK_CPUS, Allotment, allot, cores, root_cause, rows_per_shard, start_ray
 from decode_stage import Decode
 from estimate import estimate
 from explain_stage import Explain
@@ -279,14 +279,6 @@ def explain(
         finally:
             context.checkpoint_config = None
     return ray.get(tally.get.remote())
-
-
-def root_cause(error: BaseException) -> str:
-    """The innermost of the errors that Ray wraps into one another, in one line."""
-    while inner := getattr(error, "cause", None) or error.__cause__:
-        error = inner
-    lines = str(error).strip().splitlines() or ["no message"]
-    return lines[-1] if isinstance(error, ScacamError) else f"{type(error).__name__}: {lines[-1]}"
 
 
 def stage_capacities(networks: Sequence[Network], allotment: Allotment) -> dict[str, int]:

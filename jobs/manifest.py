@@ -322,7 +322,7 @@ def _sheets(root: Root, prefix: str) -> Iterator[tuple[str, list[tuple[str, Box,
 
 def _wnids(data: bytes) -> dict[int, str]:
     """The WordNet ids of the classes by their ILSVRC 2012 ids, of the devkit's `meta.mat`."""
-    from scipy.io import loadmat  # type: ignore[import-untyped]
+    from scipy.io import loadmat
 
     synsets = loadmat(io.BytesIO(data), squeeze_me=True)["synsets"]
     return {

@@ -77,8 +77,10 @@ def lines(
         if percent:
             axes.xaxis.set_major_formatter(PercentFormatter(1))
             axes.yaxis.set_major_formatter(PercentFormatter(1))
-        place = "outside lower left" if below else "outside right upper"
-        figure.legend(loc=place, ncols=2 if below else 1, frameon=False)
+        if below:
+            figure.legend(loc="outside lower left", ncols=2, frameon=False)
+        else:
+            figure.legend(loc="outside right upper", frameon=False)
         buffer = io.StringIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata=_METADATA)
     return _inline(buffer.getvalue(), alt)

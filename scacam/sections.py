@@ -18,12 +18,12 @@ __all__ = ["best_and_worst", "class_activation_weights", "localization", "true_b
 _METRICS = {
     "max_box_acc_v2": "MaxBoxAccV2",
     "max_box_acc": "MaxBoxAcc",
-    "box_acc_20": "box at 20 %",
+    "box_acc_20": "box at 20%",
     "pointing_game": "pointing game",
     "energy_pointing_game": "energy in boxes",
     "pxap": "PxAP",
     "top1_max_box_acc_v2": "top-1 MaxBoxAccV2",
-    "top1_box_acc_20": "top-1 box at 20 %",
+    "top1_box_acc_20": "top-1 box at 20%",
     "top1_pointing_game": "top-1 pointing game",
 }
 _CHANNELS, _CLASSES = 50, 3

@@ -322,7 +322,7 @@ def test_a_browser_shows_it_all_and_asks_nobody(
     found = run("return [...document.querySelectorAll('section')].map(s => s.id)")
     assert set(found) == SECTIONS | {"localization", "weights"}
     assert run("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
-    assert run("return document.documentElement.scrollWidth <= window.innerWidth")
+    assert run("return document.documentElement.scrollWidth") <= width
     assert run("return document.querySelectorAll('script').length") == 0
     paper = run("return getComputedStyle(document.body).backgroundColor")
     ink = run("return getComputedStyle(document.querySelector('svg text')).fill")
