@@ -62,8 +62,13 @@ def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]
         "feature_shape": list(network.feature_shape),
         "num_classes": network.num_classes,
         "preprocessing": asdict(network.preprocessing),
+        "categories_sha256": _digest_of_names(network.categories),
         "methods": [name for name in methods if network.supports(name)],
     }
+
+
+def _digest_of_names(names: Sequence[str] | None) -> str | None:
+    return None if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
 
 
 def _digest(table: pa.Table) -> str:
