@@ -35,7 +35,7 @@ from scacam.evaluation import BASELINES, POINTING_TOLERANCE
 from scacam.intervals import BoxTotals, MaskTotals, Row, curves, dealt, summarise
 from scacam.results import Run, open_run
 from scacam.storage import join, locate
-from scacam.tables import CURVES, DIFFERENCES, LOCALIZATION
+from scacam.tables import CURVES, DIFFERENCES, LOCALIZATION, TRUE_BOXES
 
 logger = logging.getLogger("scacam")
 
@@ -44,6 +44,7 @@ _TABLES = {
     "localization": LOCALIZATION,
     "differences": DIFFERENCES,
     "localization_curves": CURVES,
+    "localization_boxes": TRUE_BOXES,
 }
 _IMAGES = "metrics/localization_images"
 _SHOWN = {
@@ -103,6 +104,8 @@ def evaluate(options: argparse.Namespace) -> int:
         start_ray()
         forget(options.run)
         tables = Tables([f"left out: {listed(truth.left_out)}"])
+        if isinstance(truth, BoxTruth):
+            tables.localization_boxes = list(truth.rows())
         for network in run.networks:
             logger.info("evaluating %s", network)
             if isinstance(truth, BoxTruth):
@@ -122,6 +125,7 @@ class Tables:
     localization: list[Row] = field(default_factory=list)
     differences: list[Row] = field(default_factory=list)
     localization_curves: list[Row] = field(default_factory=list)
+    localization_boxes: list[Row] = field(default_factory=list)
 
     def add(
         self, network: str, totals: Mapping[str, BoxTotals] | Mapping[str, MaskTotals], known: bool

@@ -41,7 +41,7 @@ def describe_run(manifest: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
         "schema_version": SCHEMA_VERSION,
         "versions": {"scacam": scacam.__version__, "python": platform.python_version(), **found},
         "images": len(manifest),
-        "manifest_sha256": _digest(manifest),
+        "manifest_sha256": _digest(manifest.select(["uri", "label", "offset"])),
         "methods": {
             name: {"relu": METHODS[name].relu, "paper": METHODS[name].paper} for name in methods
         },

@@ -1,6 +1,6 @@
 """Ground truth of the images of a run: their true boxes or masks, matched by name."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -41,6 +41,12 @@ class BoxTruth:
     def of(self, image_id: int) -> np.ndarray:
         """The boxes of one image."""
         return self.boxes[self.offsets[image_id] : self.offsets[image_id + 1]]
+
+    def rows(self) -> Iterator[dict[str, float]]:
+        """Rows as in `tables.TRUE_BOXES`."""
+        ids = np.repeat(np.arange(len(self.wanted)), np.diff(self.offsets))
+        for image_id, box in zip(ids.tolist(), self.boxes.tolist(), strict=True):
+            yield {"image_id": image_id, **dict(zip(_CORNERS, box, strict=True))}
 
 
 @dataclass(frozen=True)

@@ -27,11 +27,11 @@ def first_component(factors: Product) -> Tensor:
         Maps `[N, R, h, w]` of arbitrary sign.
     """
     shape = *factors.weights.shape[:2], *factors.features.shape[2:]
+    columns = factors.features.flatten(2)
     mask = None if factors.mask is None else factors.mask.flatten(2)
-    # The Gram matrix squares what may be as small as 1e-20: bring everything to 1 before.
-    columns, height = _scaled(factors.features.flatten(2), (1, 2))
-    weights, reach = _scaled(factors.weights, (2,))
-    squares = weights.square()
+    # The Gram matrix squares what may be as small as 1e-20: its factors are brought to 1 before.
+    height, reach = _magnitudes(columns, (1, 2)), _magnitudes(factors.weights, 2)
+    squares = (factors.weights / reach).square() / height
 
     def masked(rows: Tensor) -> Tensor:
         return rows if mask is None else rows * mask
@@ -39,7 +39,7 @@ def first_component(factors: Product) -> Tensor:
     def gram(vectors: Tensor) -> Tensor:
         rows = vectors.reshape(*shape[:2], -1)
         rows = masked(rows - rows.mean(2, keepdim=True))
-        rows = masked(((rows @ columns.mT) * squares) @ columns)
+        rows = masked(((rows @ columns.mT) * squares) @ columns / height)
         return (rows - rows.mean(2, keepdim=True)).flatten(0, 1)
 
     # A random start is orthogonal to the leading eigenvector of no image in practice.
@@ -49,15 +49,10 @@ def first_component(factors: Product) -> Tensor:
     return (values.sqrt()[:, None] * vectors).reshape(shape) * (height * reach)[..., None]
 
 
-def _scaled(values: Tensor, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Values of largest magnitude 1 and what they were divided by.
-
-    Where values are not finite they become 0 and the divisor is not finite: so one such image
-    neither stops the decomposition of the others nor passes for finite.
-    """
-    largest = values.abs().amax(axes, keepdim=True)
-    divisors = largest.clamp(min=torch.finfo(values.dtype).tiny)
-    return torch.where(largest.isfinite(), values / divisors, 0), divisors
+def _magnitudes(values: Tensor, axes: int | tuple[int, ...]) -> Tensor:
+    """The largest magnitudes over some axes, which stay with size 1; never 0."""
+    largest = torch.linalg.vector_norm(values, torch.inf, axes, keepdim=True)
+    return largest.clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def _leading_eigenpairs(matrix: Callable[[Tensor], Tensor], start: Tensor) -> tuple[Tensor, Tensor]:
@@ -67,7 +62,7 @@ def _leading_eigenpairs(matrix: Callable[[Tensor], Tensor], start: Tensor) -> tu
     products instead of one of `n³`.
 
     Args:
-        matrix: applies the matrices to vectors `[M, n]`.
+        matrix: applies the matrices to vectors `[M, n]`. One that is not finite harms no other.
         start: `[M, n]`.
     """
     precision = torch.finfo(start.dtype)
@@ -91,8 +86,8 @@ def _leading_eigenpairs(matrix: Callable[[Tensor], Tensor], start: Tensor) -> tu
         vectors = rest[:, 0]
         steps = basis.shape[1]
         if steps % _STEPS_BETWEEN_CHECKS == 0 or steps == size:
-            values, mixtures = torch.linalg.eigh(images @ basis.mT)
+            values, mixtures = torch.linalg.eigh((images @ basis.mT).nan_to_num(0, 0, 0))
             largest, mixture = values[:, -1].clamp(min=0), mixtures[:, None, :, -1]
             residuals = vectors.norm(dim=1) * mixture[:, 0, -1].abs()
-            if steps == size or (residuals <= 4 * precision.eps * largest).all():
+            if steps == size or not (residuals > 4 * precision.eps * largest).any():
                 return largest, (mixture @ basis)[:, 0]

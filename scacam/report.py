@@ -81,7 +81,9 @@ class _Content:
             "networks": [self._network(network) for network in self.networks],
             "reasons": Counter(self.run.errors["error"].to_pylist()).most_common(),
             "errors": self.run.errors.slice(0, _ERRORS_LISTED).to_pylist(),
-            "same_image": [self._same_image(image_id) for image_id in self.spread],
+            "same_image": [
+                image for image in map(self._same_image, self.spread) if image["panels"]
+            ],
             "weights": class_activation_weights(self.run),
             "localization": localization(self.run),
             "pairs": [self._pair(pair) for pair in self.found.pairs],
@@ -198,22 +200,24 @@ class _Content:
         """The classes to look at first."""
         shown = _worrying(network)
         top = max((float(entry.mean_map.max()) for entry in shown), default=1.0)
-        return [
-            {
-                "audit": entry,
-                "worries": [_WORRIES[name](entry) for name in entry.worries],
-                "mean": _mean_map(entry, top),
-                "pictures": [
-                    self._example(network, image_id)
-                    for image_id in self.examples[network.network][entry.class_id][:_PER_CLASS]
-                ],
-            }
-            for entry in shown
-        ]
+        cards = []
+        for entry in shown:
+            image_ids = self.examples[network.network][entry.class_id][:_PER_CLASS]
+            rows = [self.gallery.top(network.network, i, network.method) for i in image_ids]
+            cards.append(
+                {
+                    "audit": entry,
+                    "worries": [_WORRIES[name](entry) for name in entry.worries],
+                    "mean": _mean_map(entry, top),
+                    "pictures": [self._example(row) for row in rows],
+                    "entries": rows,
+                }
+            )
+        return cards
 
-    def _example(self, network: NetworkAudit, image_id: int) -> Picture:
-        row = self.gallery.top(network.network, image_id, network.method)
-        return self.gallery.overlay(row, [share(row["probability"]), self.gallery.truth(row)])
+    def _example(self, row: Row, maximum: float | None = None) -> Picture:
+        lines = [share(row["probability"]), self.gallery.truth(row)]
+        return self.gallery.overlay(row, lines, maximum)
 
     def _same_image(self, image_id: int) -> dict[str, Any]:
         """One image through every method and network."""
@@ -244,10 +248,7 @@ class _Content:
         image_ids = self.examples[network.network][shown.class_id]
         rows = [self.gallery.top(network.network, i, network.method) for i in image_ids]
         top = self._common_maximum(rows)
-        return [
-            self.gallery.overlay(row, [share(row["probability"]), self.gallery.truth(row)], top)
-            for row in rows
-        ]
+        return [self._example(row, top) for row in rows]
 
     def _common_maximum(self, rows: Iterable[Row]) -> float:
         return max((float(self.run.heatmap(row).max()) for row in rows), default=0.0)
@@ -265,10 +266,10 @@ class _Content:
         """Images by how well the map of the labelled class finds the object."""
         pictures = []
         for entry in entries:
-            rows = self.gallery.rows(network.network, entry["image_id"], network.method)
-            row = next(row for row in rows if row["class_id"] == entry["class_id"])
-            lines = [row["class_name"], f"best overlap {entry['iou_any']:.0%}"]
-            pictures.append(self.gallery.overlay(row, lines))
+            for row in self.gallery.rows(network.network, entry["image_id"], network.method):
+                if row["class_id"] == entry["class_id"]:
+                    lines = [row["class_name"], f"best overlap {entry['iou_any']:.0%}"]
+                    pictures.append(self.gallery.overlay(row, lines))
         return pictures
 
     def _disputed(self, network: NetworkAudit, entry: dict[str, Any]) -> list[Picture]:

@@ -18,6 +18,7 @@ __all__ = [
     "LOCALIZATION",
     "MANIFEST",
     "SCHEMA_VERSION",
+    "TRUE_BOXES",
     "explanations",
     "pack_heatmaps",
     "unpack_heatmaps",
@@ -212,3 +213,14 @@ IMAGE_SCORES = pa.schema(
 of the largest contour's box and of any contour's, at the thresholds of `max_box_acc` and of
 `max_box_acc_v2` at IoU 0.5; of the boxes at 15 and 20 % of the maximum; pixels from the peak to the
 nearest true box (0 inside, ∞ without a peak); the share of the positive map inside the boxes."""
+
+TRUE_BOXES = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("x0", pa.float64()),
+        ("y0", pa.float64()),
+        ("x1", pa.float64()),
+        ("y1", pa.float64()),
+    ]
+)
+"""The true boxes that a run was evaluated against, one row per object, by image id."""

@@ -195,6 +195,17 @@ def test_a_missing_shard_is_said_aloud(tmp_path: Path) -> None:
     assert "4 of 13 images have neither explanations of net nor an error" in words
 
 
+def test_images_of_a_missing_shard_are_not_shown(tmp_path: Path) -> None:
+    out = _run(tmp_path, networks=1, shards=3)
+    evaluate(out)
+    for lost in (0, 2):
+        (out / f"explanations/network=net/{lost}.parquet").unlink()
+    assert main(["--run", str(out)]) == 0
+    words = _Page((out / "report.html").read_text()).words
+    assert "8 of 13 images have neither" in words
+    assert "000 & 'co'.png" not in words
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
