@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
@@ -41,7 +42,10 @@ def start_ray() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(**quiet)
+        # On a cluster, workers know the working directory of the job, but not this folder in it.
+        here = Path(__file__).resolve().parent
+        paths = os.pathsep.join([str(here), str(here.parent)])
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths}}, **quiet)
     else:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are for operators
         cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)
