@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import ray
 
-from scacam.errors import ScacamError
+from scacam.errors import RunError, ScacamError
 
 __all__ = ["Allotment", "allot", "cores", "root_cause", "rows_per_shard", "start_ray"]
 
 _EMBEDDED_CPUS_MIN = 4
+_NODE_CPUS_MIN = 2
 _SHARD_ROWS_MAX = 512
 
 TASK_CPUS = 0.45
@@ -59,7 +60,16 @@ def allot(networks: int) -> Allotment:
     With GPUs, an actor takes a whole one, or its share where networks outnumber GPUs. Without,
     there are as many actors as cores, each with one thread, and half of the logical CPUs are left
     to the tasks that decode and write.
+
+    Raises:
+        RunError: no node has a CPU to spare for Ray Data's own tasks; the job would wait for ever.
     """
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if max(resources.get("CPU", 0) for resources in nodes) < _NODE_CPUS_MIN:
+        raise RunError(
+            f"no node of the cluster has {_NODE_CPUS_MIN} CPUs; give one at least so many logical "
+            "CPUs (ray start --num-cpus)"
+        )
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if gpus:
         actors = max(gpus // networks, 1)

@@ -1,8 +1,9 @@
 """The first stage: reads and decodes each image once, resamples it once per distinct sampling."""
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from scacam.storage import is_transient
 __all__ = ["Decode"]
 
 _READERS = 16
+_READ_AHEAD = 32
 _PATIENCE_S = 120.0
 
 
@@ -54,9 +56,7 @@ class Decode:
         failures: dict[int, Failure] = {}
         reader = _Reader()
         with ThreadPoolExecutor(_READERS) as threads, place() as run:
-            where = [batch[name].to_pylist() for name in ("uri", "offset", "size")]
-            contents = threads.map(reader.read, *where)
-            for row, content in enumerate(contents):
+            for row, content in enumerate(_contents(batch, reader, threads)):
                 if isinstance(content, ImageError):
                     failures[row] = Failure("read", content.kind, str(content))
                     continue
@@ -74,6 +74,20 @@ class Decode:
             columns[f"view {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(view)
             columns[f"pixels {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(sample)
         return set_failures(pa.table(columns), failures)
+
+
+def _contents(
+    batch: pa.Table, reader: "_Reader", threads: ThreadPoolExecutor
+) -> Iterator[bytes | ImageError]:
+    """The bytes of each image in order, read ahead of their use but never many at once."""
+    ahead: deque[Future[bytes | ImageError]] = deque()
+    where = [batch[name].to_pylist() for name in ("uri", "offset", "size")]
+    for one in zip(*where, strict=True):
+        ahead.append(threads.submit(reader.read, *one))
+        if len(ahead) > _READ_AHEAD:
+            yield ahead.popleft().result()
+    while ahead:
+        yield ahead.popleft().result()
 
 
 def _sampled(

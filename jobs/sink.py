@@ -87,6 +87,8 @@ class ShardSink(BlockBasedFileDatasink):
         if len(rows):
             self.filesystem.create_dir(join(self.path, folder), recursive=True)
             with self.open_output_stream(path) as file:
-                pyarrow.parquet.write_table(rows, file, compression="zstd")
+                # A dictionary of heatmaps, which hardly repeat, would only keep zstd from its work.
+                plain = [column for column in rows.column_names if column != "heatmap"]
+                pyarrow.parquet.write_table(rows, file, compression="zstd", use_dictionary=plain)
         elif self.filesystem.get_file_info(path).type == fs.FileType.File:
             self.filesystem.delete_file(path)  # an earlier attempt of this task had such rows

@@ -1,0 +1,247 @@
+"""The cluster files, checked as Ray's launcher and the KubeRay operator would read them."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.error import URLError
+from urllib.request import urlopen
+
+import pytest
+import yaml
+from explain import parse
+from packaging.requirements import Requirement
+from ray.autoscaler._private.util import prepare_config, validate_config
+
+ROOT = Path(__file__).parent.parent
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PLACEHOLDER = "ami-00000000000000000"
+
+
+@pytest.fixture
+def config() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "cluster.yaml").read_text())
+
+
+@pytest.fixture
+def rayjob() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "jobs" / "rayjob.yaml").read_text())
+
+
+def ray_version() -> str:
+    """The oldest release of Ray that the project runs on."""
+    requirements = (Requirement(text) for text in PROJECT["dependencies"])
+    (ray,) = (requirement for requirement in requirements if requirement.name == "ray")
+    (minimum,) = ray.specifier
+    return f"{minimum.version}.0"
+
+
+def test_launcher_accepts_the_cluster(config):
+    validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        (("available_node_types", "cpu", "min_worker"), 1),
+        (("head_node_type",), "heed"),
+        (("available_node_types", "gpu", "min_workers"), 19),
+        (("available_node_types", "gpu", "resources"), {"GPU": 0.5}),
+    ],
+)
+def test_launcher_refuses_mistakes(config, path, value):
+    *outer, last = path
+    inner = config
+    for key in outer:
+        inner = inner[key]
+    inner[last] = value
+    with pytest.raises(Exception, match=r"min_worker|head_node_type|max_workers|0\.5"):
+        validate_config(prepare_config(config))
+
+
+def test_cpu_workers_scale_and_gpu_workers_are_there_from_the_start(config):
+    cpu, gpu = (config["available_node_types"][name] for name in ("cpu", "gpu"))
+    assert cpu["min_workers"] < cpu["max_workers"]
+    assert gpu["min_workers"] == gpu["max_workers"] > 0
+    assert gpu["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert cpu["max_workers"] + gpu["max_workers"] == config["max_workers"]
+
+
+def test_no_port_is_opened(config):
+    assert config["provider"]["security_group"]["IpPermissions"] == []
+    start = " ".join(config["head_start_ray_commands"])
+    assert "--dashboard-host=127.0.0.1" in start
+
+
+def test_images_are_of_the_ray_that_is_required(config, rayjob):
+    found = re.findall(r"rayproject/ray:([\d.]+)-py(\d+)", json.dumps([config, rayjob]))
+    assert set(found) == {(ray_version(), PROJECT["requires-python"][2:].replace(".", ""))}
+    assert rayjob["spec"]["rayClusterSpec"]["rayVersion"] == ray_version()
+
+
+def test_setup_installs_what_the_project_depends_on(config, tmp_path):
+    (remote, local), *others = config["file_mounts"].items()
+    assert not others
+    home = tmp_path / "scacam"
+    home.mkdir()
+    (home / "pyproject.toml").write_text((ROOT / local).read_text())
+    write, install = config["setup_commands"]
+    environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = write.replace(str(Path(remote).parent), str(home))
+    subprocess.run(command, shell=True, check=True, env=environment)
+    requirements = (home / "requirements.txt").read_text().splitlines()
+    assert requirements == [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["demo"]]
+    assert install == f"pip install --no-cache-dir -r {Path(remote).parent}/requirements.txt"
+
+
+def test_rayjob_installs_what_the_project_depends_on(rayjob):
+    environment = yaml.safe_load(rayjob["spec"]["runtimeEnvYAML"])
+    assert environment["pip"] == [
+        text for text in PROJECT["dependencies"] if Requirement(text).name != "ray"
+    ]
+    assert environment["working_dir"].endswith(".zip")
+
+
+def test_rayjob_runs_the_job_with_arguments_that_it_knows(rayjob):
+    program, job, *arguments = rayjob["spec"]["entrypoint"].split()
+    assert program == "python"
+    assert (ROOT / job).is_file()
+    assert parse(arguments).output.startswith("s3://")
+
+
+def test_rayjob_has_the_form_that_the_operator_wants(rayjob):
+    """By hand after its `ray.io/v1` schema: what is required, and no field that does not exist."""
+    assert (rayjob["apiVersion"], rayjob["kind"]) == ("ray.io/v1", "RayJob")
+    assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", rayjob["metadata"]["name"])
+    spec = rayjob["spec"]
+    assert spec.keys() <= {
+        "submissionMode", "entrypoint", "runtimeEnvYAML", "backoffLimit", "rayClusterSpec",
+        "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "activeDeadlineSeconds", "suspend",
+    }  # fmt: skip
+    assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "SidecarMode")
+    # A fresh cluster per attempt is what backoffLimit means, and that needs the old one shut down.
+    assert spec["backoffLimit"] >= 0
+    assert spec["shutdownAfterJobFinishes"] is True
+    cluster = spec["rayClusterSpec"]
+    assert cluster["enableInTreeAutoscaling"] is True
+    head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    for group in (head, *workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        for container in pod["containers"]:
+            resources = container["resources"]
+            assert resources["limits"] == resources["requests"]
+            assert all(isinstance(amount, str) for amount in resources["limits"].values())
+    for group in workers:
+        assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+    gpu = next(group for group in workers if group["groupName"] == "gpu")
+    assert gpu["minReplicas"] == gpu["maxReplicas"] > 0
+    (container,) = gpu["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+@pytest.fixture
+def aws(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """What a process needs in its environment to take a mock server on loopback for AWS."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    environment = {
+        "PATH": os.environ["PATH"],
+        "HOME": str(tmp_path),
+        "AWS_ENDPOINT_URL": url,
+        "AWS_ACCESS_KEY_ID": "key",
+        "AWS_SECRET_ACCESS_KEY": "secret",
+        "AWS_EC2_METADATA_DISABLED": "true",
+        "MOTO_IAM_LOAD_MANAGED_POLICIES": "true",
+    }
+    moto = Path(sys.executable).parent / "moto_server"
+    with (tmp_path / "moto.log").open("wb") as log:
+        command = [str(moto), "-H", "127.0.0.1", "-p", str(port)]
+        server = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while True:
+            try:
+                urlopen(f"{url}/moto-api/", timeout=5).close()
+                break
+            except (URLError, OSError):
+                assert time.monotonic() < deadline, (tmp_path / "moto.log").read_text()
+                time.sleep(0.2)
+        yield environment
+    finally:
+        server.kill()
+        server.wait()
+
+
+LAUNCH = """
+import json, sys, yaml
+from ray.autoscaler._private import commands
+from ray.autoscaler._private.providers import _get_node_provider
+from ray.autoscaler.tags import TAG_RAY_USER_NODE_TYPE
+
+config = commands._bootstrap_config(yaml.safe_load(sys.stdin), no_config_cache=True)
+provider = _get_node_provider(config["provider"], config["cluster_name"])
+for name, kind in config["available_node_types"].items():
+    provider.create_node(kind["node_config"], {TAG_RAY_USER_NODE_TYPE: name}, 1)
+json.dump(config, sys.stdout)
+"""
+
+
+@pytest.mark.long
+def test_cluster_starts_on_a_mock_of_aws(config, aws):
+    """Keys, roles, subnets, a security group and one node of each type; nothing is logged in to."""
+    boto3 = pytest.importorskip("boto3")
+    ec2 = boto3.client(
+        "ec2",
+        config["provider"]["region"],
+        endpoint_url=aws["AWS_ENDPOINT_URL"],
+        aws_access_key_id="key",
+        aws_secret_access_key="secret",
+    )
+    image = ec2.describe_images()["Images"][0]["ImageId"]
+    text = (ROOT / "cluster.yaml").read_text()
+    assert PLACEHOLDER in text
+    launched = launch(text.replace(PLACEHOLDER, image), aws)
+    assert launched.returncode == 0, launched.stderr
+    resolved = json.loads(launched.stdout[launched.stdout.index("{") :])
+    resources = {name: kind["resources"] for name, kind in resolved["available_node_types"].items()}
+    assert resources["head"]["CPU"] == 0
+    assert resources["cpu"]["CPU"] == 16
+    assert (resources["gpu"]["CPU"], resources["gpu"]["GPU"]) == (8, 1)
+
+    reservations = ec2.describe_instances()["Reservations"]
+    instances = [instance for group in reservations for instance in group["Instances"]]
+    lifecycles = {i["InstanceType"]: i.get("InstanceLifecycle") for i in instances}
+    assert lifecycles == {"m6i.xlarge": None, "c6i.4xlarge": "spot", "g5.2xlarge": "spot"}
+
+    groups = ec2.describe_security_groups(Filters=[{"Name": "group-name", "Values": ["scacam"]}])[
+        "SecurityGroups"
+    ]
+    (group,) = groups
+    from_anywhere = [rule for rule in group["IpPermissions"] if rule.get("IpRanges")]
+    assert [(rule["FromPort"], rule["ToPort"]) for rule in from_anywhere] == [(22, 22)]
+
+
+@pytest.mark.long
+def test_mock_of_aws_finds_a_mistake_that_the_schema_does_not(config, aws):
+    text = (ROOT / "cluster.yaml").read_text().replace("MarketType", "MarketTyp")
+    validate_config(prepare_config(yaml.safe_load(text)))
+    launched = launch(text, aws)
+    assert launched.returncode != 0
+    assert "MarketTyp" in launched.stderr + launched.stdout
+
+
+def launch(text: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-c", LAUNCH]
+    return subprocess.run(
+        command, input=text, env=environment, capture_output=True, text=True, timeout=600
+    )
