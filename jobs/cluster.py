@@ -3,17 +3,20 @@
 import logging
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ray
+import ray.exceptions
 
-from scacam.errors import RunError, ScacamError
+from scacam.errors import RunError
 
 __all__ = ["Allotment", "allot", "cores", "root_cause", "rows_per_shard", "start_ray"]
 
 _EMBEDDED_CPUS_MIN = 4
 _NODE_CPUS_MIN = 2
+_RAISED = re.compile(r"[\w.]+(Error|Exception): ")
 _SHARD_ROWS_MAX = 512
 
 TASK_CPUS = 0.45
@@ -97,8 +100,14 @@ def rows_per_shard(images: int, allotment: Allotment) -> int:
 
 
 def root_cause(error: BaseException) -> str:
-    """The innermost of the errors that Ray wraps into one another, in one line."""
-    while inner := getattr(error, "cause", None) or error.__cause__:
-        error = inner
-    lines = str(error).strip().splitlines() or ["no message"]
-    return lines[-1] if isinstance(error, ScacamError) else f"{type(error).__name__}: {lines[-1]}"
+    """What Ray's errors, wrapped into one another, go back to, in one line."""
+    chain = [error]
+    while inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__:
+        chain.append(inner)
+    told = next((one for one in reversed(chain) if str(one).strip()), error)
+    lines = str(told).strip().splitlines() or ["no message"]
+    if isinstance(told, ray.exceptions.RayError):  # it carries a worker's traceback as its text
+        raised = [line for line in lines if _RAISED.match(line)]
+        return (raised or lines)[-1]
+    # Ray appends lines of its own to the message.
+    return lines[0] if isinstance(told, RunError) else f"{type(told).__name__}: {lines[0]}"

@@ -17,13 +17,12 @@ from stream import Failure, set_failures, taken_up
 from scacam.containers import read_image
 from scacam.errors import ImageError
 from scacam.images import Preprocessing, View, ViewName, decode, pixels, view_of
-from scacam.storage import is_transient
+from scacam.storage import PATIENCE_S, is_transient
 
 __all__ = ["Decode"]
 
 _READERS = 16
 _READ_AHEAD = 32
-_PATIENCE_S = 120.0
 
 
 @dataclass(frozen=True)
@@ -144,7 +143,7 @@ class _Reader:
                 return ImageError("forbidden", str(error))
             except (OSError, ValueError) as error:
                 now = time.monotonic()
-                self.deadline = self.deadline or now + _PATIENCE_S
+                self.deadline = self.deadline or now + PATIENCE_S
                 if not is_transient(error) or now + wait > self.deadline:
                     return ImageError("unreadable", str(error))
                 time.sleep(wait)

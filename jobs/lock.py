@@ -12,7 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from pyarrow import fs
 
@@ -85,7 +85,8 @@ def _lease(filesystem: fs.FileSystem, path: str, output: str) -> Iterator[None]:
     finally:
         released.set()
         thread.join()
-        filesystem.delete_file(path)
+        with suppress(OSError):  # a store that is gone: the lease runs out by itself
+            filesystem.delete_file(path)
 
 
 def _wait_out(filesystem: fs.FileSystem, path: str, output: str) -> None:

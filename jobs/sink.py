@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from ray.data.datasource import BlockBasedFileDatasink
 from stream import explanations_column
 
 from scacam.errors import RunError
-from scacam.storage import join, locate
+from scacam.storage import join, locate, patiently
 from scacam.tables import ERRORS, explanations
 
 __all__ = ["ShardSink"]
@@ -66,11 +67,12 @@ class ShardSink(BlockBasedFileDatasink):
         name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
         failed = images.filter(pc.is_valid(images["error"]))
         explained = images.filter(pc.is_null(images["error"]))
-        self._write_shard("errors", name, failed.select(ERRORS.names).cast(ERRORS))
+        errors = failed.select(ERRORS.names).cast(ERRORS)
+        patiently(partial(self._write_shard, "errors", name, errors))
         for network, shape in self.map_shapes.items():
             lists = explained[explanations_column(network)].combine_chunks()
             rows = explanations(explained, lists, shape) if len(explained) else explained
-            self._write_shard(f"explanations/network={network}", name, rows)
+            patiently(partial(self._write_shard, f"explanations/network={network}", name, rows))
         self.tally.spend.remote("write", time.monotonic() - began)
         kinds = Counter(failed["error"].to_pylist())
         counts = ray.get(self.tally.write.remote(len(images), kinds))

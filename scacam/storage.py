@@ -1,11 +1,16 @@
 """Where files are: a path, local or on object storage, to a filesystem and the path on it."""
 
 import os
+import time
+from collections.abc import Callable
 from functools import lru_cache
 
 from pyarrow import fs
 
-__all__ = ["is_transient", "join", "locate", "read_bytes"]
+__all__ = ["PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_bytes"]
+
+PATIENCE_S = 120.0
+"""How long a store may fail before a job gives up on it."""
 
 _TRANSIENT = (
     "NETWORK_CONNECTION", "SLOW_DOWN", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "THROTTLING",
@@ -51,3 +56,20 @@ def read_bytes(path: str) -> bytes:
 def is_transient(error: Exception) -> bool:
     """Whether reading again later may succeed: the store was throttling, or out of reach."""
     return any(sign in str(error) for sign in _TRANSIENT)
+
+
+def patiently(action: Callable[[], None]) -> None:
+    """Do something that may be done again, until the store lets it or patience ends.
+
+    Raises:
+        OSError: the error is not transient, or the store has failed for `PATIENCE_S`.
+    """
+    deadline, wait = time.monotonic() + PATIENCE_S, 0.5
+    while True:
+        try:
+            return action()
+        except OSError as error:
+            if not is_transient(error) or time.monotonic() + wait > deadline:
+                raise
+            time.sleep(wait)
+            wait = min(2 * wait, 10.0)

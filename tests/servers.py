@@ -42,6 +42,7 @@ class ObjectStore:
             *(str(weed), "server", "-ip=127.0.0.1", "-ip.bind=127.0.0.1", f"-dir={self.folder}"),
             *(f"-master.port={master}", f"-volume.port={volume}", f"-filer.port={filer}"),
             *("-s3", f"-s3.port={s3}", f"-s3.config={self.folder}/s3.json", "-s3.port.iceberg=0"),
+            "-s3.port.lance=0",
             *("-volume.max=20", "-master.volumeSizeLimitMB=64", f"-s3.port.grpc={admin}"),
         ]
         with (self.folder / "log").open("ab") as log:
