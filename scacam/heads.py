@@ -239,12 +239,20 @@ class Head:
 
 
 def _differentiate(logits: Tensor, features: Tensor, class_ids: Tensor) -> Tensor:
-    """One backward pass through the head per explained class of the whole batch."""
+    """One backward pass through the head for all explained classes of the whole batch."""
     with torch.enable_grad():
         chosen = logits.gather(1, class_ids).sum(0)
-    return torch.stack(
-        [torch.autograd.grad(logit, features, retain_graph=True)[0] for logit in chosen], dim=1
-    )
+    each = torch.eye(len(chosen)).to(chosen)
+    try:
+        (gradients,) = torch.autograd.grad(
+            chosen, features, each, retain_graph=True, is_grads_batched=True
+        )
+    except RuntimeError:  # an operation that is not made for this, or too little memory for it
+        one_by_one = [
+            torch.autograd.grad(chosen, features, one, retain_graph=True)[0] for one in each
+        ]
+        gradients = torch.stack(one_by_one)
+    return gradients.transpose(0, 1)
 
 
 class Anatomy(NamedTuple):

@@ -3,6 +3,7 @@
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -30,13 +31,33 @@ def torchvision_network(name: str, preprocessing: Preprocessing = SMALL) -> Netw
     return Network(torchvision.models.get_model(name), preprocessing=preprocessing)
 
 
+class Cube(torch.autograd.Function):
+    """An operation that autograd cannot take backwards for several classes at once."""
+
+    @staticmethod
+    def forward(context: Any, values: Tensor) -> Tensor:
+        context.save_for_backward(values)
+        return values**3
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor) -> Tensor:
+        return 3 * context.saved_tensors[0] ** 2 * gradients[0]
+
+
+class Cubing(nn.Module):
+    """The module whose operation Cube is."""
+
+    def forward(self, values: Tensor) -> Tensor:
+        return Cube.apply(values)
+
+
 class Rectifying(nn.Module):
     """As DenseNet does it: the features are rectified in place behind the target layer."""
 
-    def __init__(self, hidden: int | None = None) -> None:
+    def __init__(self, hidden: int | None = None, bend: type[nn.Module] = nn.Tanh) -> None:
         super().__init__()
         self.features = nn.Conv2d(3, 6, 5, stride=4)
-        layers = [] if hidden is None else [nn.Linear(6, hidden), nn.Tanh()]
+        layers = [] if hidden is None else [nn.Linear(6, hidden), bend()]
         self.classifier = nn.Sequential(*layers, nn.Linear(hidden or 6, 4))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -131,6 +152,9 @@ HEADS = {
     "scores": lambda: torchvision_network("squeezenet1_1"),
     "rectified": lambda: Network(Rectifying(), preprocessing=SMALL),
     "general": lambda: Network(Rectifying(hidden=5), preprocessing=SMALL),
+    "general, class by class": lambda: Network(
+        Rectifying(hidden=5, bend=Cubing), preprocessing=SMALL, target_layer="features"
+    ),
 }
 
 
@@ -139,7 +163,7 @@ def network(request: pytest.FixtureRequest) -> Iterator[Network]:
     """One network of every kind of head, with parameters that are being trained."""
     torch.manual_seed(1)
     found = HEADS[request.param]()
-    assert found.head.kind == request.param
+    assert found.head.kind == request.param.split(",")[0]
     return found
 
 
