@@ -1,9 +1,8 @@
 """The first stage: reads and decodes each image once, resamples it once per distinct sampling."""
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,12 +16,9 @@ from stream import Failure, set_failures, taken_up
 from scacam.containers import read_image
 from scacam.errors import ImageError
 from scacam.images import Preprocessing, View, ViewName, decode, pixels, view_of
-from scacam.storage import PATIENCE_S, is_transient
+from scacam.storage import PATIENCE_S, is_transient, read_ahead
 
 __all__ = ["Decode"]
-
-_READERS = 16
-_READ_AHEAD = 32
 
 
 @dataclass(frozen=True)
@@ -54,8 +50,9 @@ class Decode:
         ]
         failures: dict[int, Failure] = {}
         reader = _Reader()
-        with ThreadPoolExecutor(_READERS) as threads, place() as run:
-            for row, content in enumerate(_contents(batch, reader, threads)):
+        where = zip(*(batch[name].to_pylist() for name in ("uri", "offset", "size")), strict=True)
+        with place() as run:
+            for row, content in enumerate(read_ahead(lambda one: reader.read(*one), where)):
                 if isinstance(content, ImageError):
                     failures[row] = Failure("read", content.kind, str(content))
                     continue
@@ -73,20 +70,6 @@ class Decode:
             columns[f"view {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(view)
             columns[f"pixels {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(sample)
         return set_failures(pa.table(columns), failures)
-
-
-def _contents(
-    batch: pa.Table, reader: "_Reader", threads: ThreadPoolExecutor
-) -> Iterator[bytes | ImageError]:
-    """The bytes of each image in order, read ahead of their use but never many at once."""
-    ahead: deque[Future[bytes | ImageError]] = deque()
-    where = [batch[name].to_pylist() for name in ("uri", "offset", "size")]
-    for one in zip(*where, strict=True):
-        ahead.append(threads.submit(reader.read, *one))
-        if len(ahead) > _READ_AHEAD:
-            yield ahead.popleft().result()
-    while ahead:
-        yield ahead.popleft().result()
 
 
 def _sampled(

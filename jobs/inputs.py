@@ -98,12 +98,13 @@ def _from_file(filesystem: fs.FileSystem, path: str, source: str) -> pa.Table:
         raise RunError(
             f"manifest {source} has no column 'uri'; it has {', '.join(given.column_names)}"
         )
-    uris = given["uri"].cast(pa.string()).combine_chunks()
+    uris = given["uri"].cast(pa.string())
     missing = pc.or_kleene(pc.is_null(uris), pc.equal(uris, ""))
     _refuse(given, pc.fill_null(missing, True), f"manifest {source} has rows without a uri")
     folder = _absolute(source).rpartition("/")[0]
     relative = pc.invert(pc.match_substring_regex(uris, r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"))
-    uris = pc.if_else(relative, pc.binary_join_element_wise(folder, uris, "/"), uris)
+    if pc.any(relative).as_py():
+        uris = pc.if_else(relative, pc.binary_join_element_wise(folder, uris, "/"), uris)
     return _table(uris, labels=_labels(given, source))
 
 
@@ -118,8 +119,8 @@ def _from_members(inside: Iterable[Member]) -> pa.Table:
 
 
 def _table(
-    uris: pa.Array | list[str],
-    labels: pa.Array | None = None,
+    uris: pa.ChunkedArray | list[str],
+    labels: pa.ChunkedArray | pa.Array | None = None,
     sizes: list[int | None] | None = None,
     offsets: list[int] | None = None,
 ) -> pa.Table:
@@ -133,10 +134,10 @@ def _table(
     return pa.table(columns, schema=MANIFEST.remove(0))
 
 
-def _labels(given: pa.Table, source: str) -> pa.Array:
+def _labels(given: pa.Table, source: str) -> pa.ChunkedArray | None:
     if "label" not in given.column_names:
-        return pa.nulls(len(given), pa.int32())
-    labels = given["label"].combine_chunks()
+        return None
+    labels = given["label"]
     try:
         labels = labels.cast(pa.int64())
     except pa.ArrowInvalid as error:

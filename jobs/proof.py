@@ -10,7 +10,7 @@ import pyarrow.parquet
 from pyarrow import fs
 
 from scacam.errors import RunError
-from scacam.storage import join, locate
+from scacam.storage import join, locate, read_ahead
 from scacam.tables import INDEX
 
 __all__ = ["Proof", "explained_ids", "prove", "shards_of"]
@@ -83,11 +83,14 @@ def _read(
     output: str, folder: str, columns: list[str]
 ) -> Iterator[tuple[dict[str, object], pa.Table]]:
     filesystem, _ = locate(output)
-    for info in shards_of(output, folder):
+
+    def read(info: fs.FileInfo) -> tuple[dict[str, object], pa.Table]:
         with filesystem.open_input_file(info.path) as file:
             table = pyarrow.parquet.ParquetFile(file).read(columns)
         shard = {"path": f"{folder}/{info.base_name}", "bytes": info.size, "rows": len(table)}
-        yield shard, table
+        return shard, table
+
+    return read_ahead(read, shards_of(output, folder))
 
 
 def _statistics(ids: np.ndarray) -> dict[str, int]:

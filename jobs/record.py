@@ -21,6 +21,7 @@ from scacam.tables import SCHEMA_VERSION
 __all__ = ["describe_network", "describe_run", "differences", "read_record", "write_record"]
 
 _PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "pillow", "numpy", "opencv-python-headless")
+_DIGESTED_ROWS = 1 << 20
 _FINGERPRINT = (
     "schema_version",
     "images",
@@ -72,10 +73,11 @@ def _digest_of_names(names: Sequence[str] | None) -> str | None:
 
 
 def _digest(table: pa.Table) -> str:
+    """Of the values, however they are divided into chunks."""
     digest = hashlib.sha256()
-    for batch in table.combine_chunks().to_batches(max_chunksize=1 << 20):
-        for column in batch.columns:
-            digest.update(pa.record_batch([column], ["column"]).serialize())
+    for start in range(0, len(table), _DIGESTED_ROWS):
+        for column in table.slice(start, _DIGESTED_ROWS).combine_chunks().columns:
+            digest.update(pa.record_batch(column.chunks, ["column"]).serialize())
     return digest.hexdigest()
 
 

@@ -6,15 +6,18 @@ Data writes and reads it, and it must not lie below the output, whose files it c
 
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
+import ray
 from proof import Proof, explained_ids, shards_of
 from pyarrow import fs
 from ray.data.checkpoint import CheckpointConfig
+from ray.data.checkpoint.checkpoint_filter import CheckpointManager
 from record import differences, read_record, write_record
 
 from scacam.errors import RunError
-from scacam.storage import join, locate
+from scacam.storage import join, locate, read_ahead
 
 __all__ = ["begin", "checkpoint", "complete", "refuse_output", "retry_errors"]
 
@@ -100,7 +103,36 @@ def checkpoint(output: str) -> CheckpointConfig:
         checkpoint_path=path,
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
+        checkpoint_manager_cls=Checkpoint,
     )
+
+
+class Checkpoint(CheckpointManager):
+    """Loads a checkpoint of as many files as there are shards.
+
+    Ray Data's own loader takes a thread per file, and ten million images have 20,000 of them.
+    """
+
+    def load_checkpoint(
+        self,
+        data_file_dir: str | None = None,
+        data_file_filesystem: fs.FileSystem | None = None,
+    ) -> tuple[Any, int]:
+        """The sorted ids of the images that are done, as a reference, and how many bytes."""
+        self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
+        selector = fs.FileSelector(self.checkpoint_path_unwrapped, allow_not_found=True)
+        files = [info.path for info in self.filesystem.get_file_info(selector) if info.is_file]
+
+        def read(path: str) -> np.ndarray:
+            with self.filesystem.open_input_file(path) as file:
+                table = pyarrow.parquet.ParquetFile(file).read([self.id_column])
+            return table[self.id_column].to_numpy()
+
+        parts = list(read_ahead(read, files))
+        if not parts:
+            return None, 0
+        ids = np.sort(np.concatenate(parts))
+        return ray.put(ids), ids.nbytes
 
 
 def complete(output: str, record: dict[str, Any], proof: Proof) -> None:

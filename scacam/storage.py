@@ -2,12 +2,21 @@
 
 import os
 import time
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import lru_cache
+from typing import TypeVar
 
 from pyarrow import fs
 
-__all__ = ["PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_bytes"]
+__all__ = ["PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead", "read_bytes"]
+
+Item = TypeVar("Item")
+Content = TypeVar("Content")
+
+_READERS = 16
+_READ_AHEAD = 32
 
 PATIENCE_S = 120.0
 """How long a store may fail before a job gives up on it."""
@@ -51,6 +60,18 @@ def read_bytes(path: str) -> bytes:
     filesystem, inner_path = locate(path)
     with filesystem.open_input_stream(inner_path) as file:
         return file.read()
+
+
+def read_ahead(read: Callable[[Item], Content], items: Iterable[Item]) -> Iterator[Content]:
+    """What `read` gives for each item, in order, read by threads ahead of use but never much."""
+    ahead: deque[Future[Content]] = deque()
+    with ThreadPoolExecutor(_READERS) as threads:
+        for item in items:
+            ahead.append(threads.submit(read, item))
+            if len(ahead) > _READ_AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def is_transient(error: Exception) -> bool:
