@@ -66,9 +66,7 @@ def read_image(uri: str, offset: int | None = None, size: int | None = None) -> 
             if found is None:
                 raise FileNotFoundError(f"{container} has no member {member}")
             offset, size = found.offset, found.size
-        filesystem, path = locate(container)
-        with filesystem.open_input_file(path) as file:
-            return file.read_at(size, offset)
+        return read_bytes(container, offset, size)
     return read_bytes(uri)
 
 

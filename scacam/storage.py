@@ -10,6 +10,8 @@ from typing import TypeVar
 
 from pyarrow import fs
 
+from scacam import s3
+
 __all__ = ["PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead", "read_bytes"]
 
 Item = TypeVar("Item")
@@ -55,11 +57,20 @@ def join(folder: str, *names: str) -> str:
     return "/".join([folder.rstrip("/"), *names])
 
 
-def read_bytes(path: str) -> bytes:
-    """The content of a file. Raises OSError as the filesystem does."""
+def read_bytes(path: str, offset: int | None = None, size: int | None = None) -> bytes:
+    """The content of a file, or `size` bytes of it from an offset.
+
+    Raises:
+        OSError: it cannot be read; a FileNotFoundError if it is not there.
+    """
+    if size == 0:
+        return b""
     filesystem, inner_path = locate(path)
-    with filesystem.open_input_stream(inner_path) as file:
-        return file.read()
+    if isinstance(filesystem, fs.S3FileSystem) and s3.can_read(inner_path):
+        bucket, _, key = inner_path.partition("/")
+        return s3.read_object(bucket, filesystem.region, key, offset, size)
+    with filesystem.open_input_file(inner_path) as file:
+        return file.read() if offset is None or size is None else file.read_at(size, offset)
 
 
 def read_ahead(read: Callable[[Item], Content], items: Iterable[Item]) -> Iterator[Content]:
@@ -76,7 +87,7 @@ def read_ahead(read: Callable[[Item], Content], items: Iterable[Item]) -> Iterat
 
 def is_transient(error: Exception) -> bool:
     """Whether reading again later may succeed: the store was throttling, or out of reach."""
-    return any(sign in str(error) for sign in _TRANSIENT)
+    return isinstance(error, ConnectionError) or any(sign in str(error) for sign in _TRANSIENT)
 
 
 def patiently(action: Callable[[], None]) -> None:
