@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
+import torch
 from decode_stage import Decode
 from explain_stage import Explain
 from localize_stage import Localize
@@ -22,7 +23,8 @@ from scacam.tables import explanations
 
 __all__ = ["Estimate", "estimate"]
 
-_SAMPLE = 16
+_SAMPLE_ON_CPU, _SAMPLE_ON_GPU = 16, 256
+_NETWORK = "explain "
 
 
 class Estimate(NamedTuple):
@@ -32,7 +34,9 @@ class Estimate(NamedTuple):
         images: how many there are.
         failed: the share of the sample that could not be explained.
         input_bytes, output_bytes: of all images.
-        seconds: core-seconds per image, by stage.
+        seconds: of a core per image, by stage; of a GPU where there is one and a network runs.
+        sampled: how many images were timed.
+        cores, gpus: of this machine.
     """
 
     images: int
@@ -40,27 +44,59 @@ class Estimate(NamedTuple):
     input_bytes: float
     output_bytes: float
     seconds: dict[str, float]
+    sampled: int
+    cores: int
+    gpus: int
+
+    @property
+    def fed(self) -> float:
+        """Seconds of a core per image, beside the networks."""
+        return sum(value for name, value in self.seconds.items() if not _is_network(name))
+
+    @property
+    def explained(self) -> float:
+        """Seconds of a core or GPU per image, for all networks."""
+        return sum(value for name, value in self.seconds.items() if _is_network(name))
+
+    @property
+    def hours(self) -> float:
+        """How long all images take on this machine, its cores and GPUs all busy."""
+        cores = self.fed / self.cores if self.gpus else (self.fed + self.explained) / self.cores
+        return self.images * max(cores, self.explained / self.gpus if self.gpus else 0) / 3600
 
     def told(self, price_per_hour: float | None) -> str:
         """In words, with the cost if the price of this machine per hour is known."""
-        cores = os.cpu_count() or 1
-        per_image = sum(self.seconds.values())
-        hours = self.images * per_image / 3600
+        machine = f"{self.cores} cores" + (f" and {self.gpus} GPUs" if self.gpus else "")
         lines = [
             f"images: {self.images:,}, about {_bytes(self.input_bytes)} to read",
             f"output: about {_bytes(self.output_bytes)}, "
             f"{self.output_bytes / self.images:,.0f} bytes per image",
-            f"time: {1000 * per_image:,.1f} core-milliseconds per image ("
-            + ", ".join(f"{name} {1000 * value:,.1f}" for name, value in self.seconds.items())
-            + f"), {hours:,.2f} core-hours; about {_time(3600 * hours / cores)} on {cores} cores "
-            "like these, without a GPU",
+            "milliseconds per image: "
+            + ", ".join(f"{name} {1000 * value:,.1f}" for name, value in self.seconds.items()),
+            f"time: about {_time(3600 * self.hours)} on {machine} like these",
         ]
+        if self.gpus:
+            needed = self.fed / self.explained
+            lines.append(
+                f"GPUs: one explains {1 / self.explained:,.0f} images/s and needs {needed:,.1f} "
+                "cores to feed it"
+            )
+            if self.cores < needed * self.gpus:
+                share = self.cores / (needed * self.gpus)
+                lines.append(
+                    f"warning: {self.cores} cores cannot feed {self.gpus} GPUs, which will be "
+                    f"{share:.0%} busy; add nodes without GPUs, {needed * self.gpus:,.0f} cores"
+                )
+        else:
+            lines.append(
+                f"GPUs: none here; a core can feed {1 / self.fed:,.0f} images/s to a GPU elsewhere"
+            )
         if self.failed:
             lines.append(f"errors: {self.failed:.0%} of the sampled images cannot be explained")
         if price_per_hour is not None:
-            cost = hours / cores * price_per_hour
-            lines.append(f"cost: about {cost:,.2f} at {price_per_hour:g} per hour of {cores} cores")
-        return "\n".join([*lines, f"(from a timed sample of {min(_SAMPLE, self.images)} images)"])
+            cost = self.hours * price_per_hour
+            lines.append(f"cost: about {cost:,.2f} at {price_per_hour:g} per hour of {machine}")
+        return "\n".join([*lines, f"(from a timed sample of {self.sampled} images)"])
 
 
 def estimate(
@@ -82,7 +118,9 @@ def estimate(
     Raises:
         RunError: none of the sampled images can be explained.
     """
-    rows = np.unique(np.linspace(0, len(manifest) - 1, _SAMPLE).astype(np.int64))
+    gpus = torch.cuda.device_count()
+    sample = _SAMPLE_ON_GPU if gpus else _SAMPLE_ON_CPU
+    rows = np.unique(np.linspace(0, len(manifest) - 1, sample).astype(np.int64))
     batch = manifest.take(rows)
     seconds: dict[str, float] = {}
 
@@ -96,7 +134,7 @@ def estimate(
     for network, arguments in zip(networks, explain, strict=True):
         stage = Explain(**arguments)
         stage(batch)  # the first pass pays for allocations
-        batch = timed(f"explain {network.name}", stage, batch)
+        batch = timed(f"{_NETWORK}{network.name}", stage, batch)
     batch = timed("localize", localize, batch)
     good = batch.filter(pc.is_null(batch["error"]))
     if not len(good):
@@ -110,6 +148,9 @@ def estimate(
         input_bytes=_input_bytes(manifest, good),
         output_bytes=output * len(manifest),
         seconds=seconds,
+        sampled=len(rows),
+        cores=os.cpu_count() or 1,
+        gpus=gpus,
     )
 
 
@@ -126,6 +167,10 @@ def _input_bytes(manifest: pa.Table, sample: pa.Table) -> float:
         return pc.sum(manifest["size"]).as_py()
     sizes = [len(read_image(uri)) for uri in sample["uri"].to_pylist()]
     return len(manifest) * sum(sizes) / len(sizes)
+
+
+def _is_network(stage: str) -> bool:
+    return stage.startswith(_NETWORK)
 
 
 def _bytes(count: float) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 import ray.data
+import torch
 from cluster import TASK_CPUS, Allotment, allot, cores, root_cause, rows_per_shard, start_ray
 from decode_stage import Decode
 from estimate import estimate
@@ -125,6 +126,7 @@ def run(options: argparse.Namespace) -> int:
             print(f"{options.output} is complete: nothing to do")
             return 0
         images = len(manifest.table)
+        del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
         started = time.monotonic()
         start_ray()
         allotment = allot(len(networks))
@@ -217,7 +219,8 @@ def stages(
 
 def dry_run(options: argparse.Namespace, manifest: Manifest, networks: Sequence[Network]) -> int:
     """Say what the job would do, from a timed sample, and start nothing."""
-    decode, pools, localize = stages(options, networks, None, _BATCH_ON_CPU)
+    batch_size = _BATCH_ON_GPU if torch.cuda.is_available() else _BATCH_ON_CPU
+    decode, pools, localize = stages(options, networks, None, batch_size)
     for network, arguments in zip(networks, pools, strict=True):
         arguments["load"] = partial(lambda network: network, network)
     found = estimate(manifest.table, networks, decode, pools, localize)

@@ -1,0 +1,63 @@
+"""The dry run: its arithmetic by hand, and that it starts nothing."""
+
+import re
+
+import pytest
+import ray
+from estimate import Estimate
+from explain import main
+
+SECONDS = {"decode": 0.003, "explain a": 0.001, "explain b": 0.001, "localize": 0.001}
+TEN_MILLION = Estimate(
+    images=10_000_000,
+    failed=0.25,
+    input_bytes=5e11,
+    output_bytes=1.2e10,
+    seconds=SECONDS,
+    sampled=256,
+    cores=8,
+    gpus=0,
+)
+
+
+def test_without_a_gpu_the_cores_do_everything():
+    # 6 ms of a core, on 8 cores
+    assert TEN_MILLION.hours == pytest.approx(10_000_000 * 0.006 / 8 / 3600)
+    told = TEN_MILLION.told(price_per_hour=2.0)
+    assert "images: 10,000,000, about 500 GB to read" in told
+    assert "output: about 12 GB, 1,200 bytes per image" in told
+    assert "about 2.1 h on 8 cores like these" in told
+    assert "a core can feed 250 images/s to a GPU" in told
+    assert "25% of the sampled images cannot be explained" in told
+    assert "cost: about 4.17 at 2 per hour of 8 cores" in told
+
+
+def test_with_gpus_the_slower_side_sets_the_pace():
+    # A GPU explains an image in 2 ms and 4 ms of a core feed it: 2 cores keep one busy.
+    fed = TEN_MILLION._replace(gpus=4)
+    assert fed.hours == pytest.approx(10_000_000 * 0.002 / 4 / 3600)
+    assert "one explains 500 images/s and needs 2.0 cores" in fed.told(None)
+    assert "warning" not in fed.told(None)
+    starved = TEN_MILLION._replace(gpus=4, cores=6)
+    assert starved.hours == pytest.approx(10_000_000 * 0.004 / 6 / 3600)
+    assert "warning: 6 cores cannot feed 4 GPUs, which will be 75% busy" in starved.told(None)
+
+
+def test_a_dry_run_starts_nothing(tmp_path, photo_folder, capsys):
+    output = tmp_path / "out"
+    options = ["--networks", "tests.tiny_networks:colours=random", "--dry-run"]
+    assert main(["--input", str(photo_folder(30)), "--output", str(output), *options]) == 0
+    told = capsys.readouterr().out
+    assert "images: 30, about" in told
+    assert "from a timed sample of 16 images" in told
+    assert re.search(r"decode [\d.]+, explain tests.tiny_networks:colours [\d.]+, localize", told)
+    assert not output.exists()
+    assert not ray.is_initialized()
+
+
+def test_a_dry_run_of_broken_images(tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.jpg").write_bytes(b"<html>")
+    options = ["--networks", "tests.tiny_networks:colours=random", "--dry-run"]
+    assert main(["--input", f"{tmp_path}/photos", "--output", f"{tmp_path}/out", *options]) == 2
+    assert "none of 1 sampled images can be explained; the first" in capsys.readouterr().err
