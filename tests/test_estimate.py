@@ -45,7 +45,7 @@ def test_with_gpus_the_slower_side_sets_the_pace():
 
 def test_a_dry_run_starts_nothing(tmp_path, photo_folder, capsys):
     output = tmp_path / "out"
-    options = ["--networks", "tests.tiny_networks:colours=random", "--dry-run"]
+    options = ["--networks", "tests.tiny_networks:colours", "--dry-run"]
     assert main(["--input", str(photo_folder(30)), "--output", str(output), *options]) == 0
     told = capsys.readouterr().out
     assert "images: 30, about" in told
@@ -58,6 +58,6 @@ def test_a_dry_run_starts_nothing(tmp_path, photo_folder, capsys):
 def test_a_dry_run_of_broken_images(tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "a.jpg").write_bytes(b"<html>")
-    options = ["--networks", "tests.tiny_networks:colours=random", "--dry-run"]
+    options = ["--networks", "tests.tiny_networks:colours", "--dry-run"]
     assert main(["--input", f"{tmp_path}/photos", "--output", f"{tmp_path}/out", *options]) == 2
     assert "none of 1 sampled images can be explained; the first" in capsys.readouterr().err
