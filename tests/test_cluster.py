@@ -14,6 +14,7 @@ from typing import Any
 from urllib.error import URLError
 from urllib.request import urlopen
 
+import boto3
 import pytest
 import yaml
 from explain import parse
@@ -199,7 +200,6 @@ json.dump(config, sys.stdout)
 @pytest.mark.long
 def test_cluster_starts_on_a_mock_of_aws(config, aws):
     """Keys, roles, subnets, a security group and one node of each type; nothing is logged in to."""
-    boto3 = pytest.importorskip("boto3")
     ec2 = boto3.client(
         "ec2",
         config["provider"]["region"],

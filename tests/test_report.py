@@ -17,6 +17,7 @@ from made_runs import Images, Said, evaluate, weigh, write_run
 from PIL import Image
 from pyarrow import fs
 from report import main
+from selenium import webdriver
 from servers import BUCKET, ObjectStore
 
 from scacam.charts import lines
@@ -282,7 +283,6 @@ def browser() -> Iterator[Any]:
     chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
     if not chromium or not driver:
         pytest.skip("needs chromium and chromium-driver")
-    webdriver = pytest.importorskip("selenium.webdriver")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for argument in (
