@@ -22,7 +22,7 @@ import ray.data
 from cluster import TASK_CPUS, allot, rows_per_shard, start_ray
 from decode_stage import Decode
 from inputs import read_manifest
-from loading import add_network_options, load_networks
+from loading import add_network_options, load_networks, seconds_per_image
 from lock import locked
 from progress import shown, start_tally
 from stream import sampling_of, taken_up, tensors
@@ -90,12 +90,12 @@ def weigh(
     options: argparse.Namespace, manifest: pa.Table, networks: Sequence["Network"]
 ) -> tuple[list[Weights], Counter[str]]:
     """Stream the images through the networks; returns their weights and the errors by kind."""
-    allotment = allot(len(networks))
-    batch_size = options.batch_size or (_BATCH_ON_GPU if allotment.num_gpus else _BATCH_ON_CPU)
+    allotments = allot([seconds_per_image(network) for network in networks])
+    batch_size = options.batch_size or (_BATCH_ON_GPU if allotments[0].num_gpus else _BATCH_ON_CPU)
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()
-    rows = rows_per_shard(len(manifest), allotment)
+    rows = rows_per_shard(len(manifest), max(allotment.actors for allotment in allotments))
     stream = ray.data.from_arrow(manifest).repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(
         Decode(samplings, "center_crop", tally),
@@ -103,7 +103,7 @@ def weigh(
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
     )
-    for index, network in enumerate(networks):
+    for index, (network, allotment) in enumerate(zip(networks, allotments, strict=True)):
         stream = stream.map_batches(
             Observe,
             fn_constructor_kwargs={

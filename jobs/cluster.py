@@ -4,6 +4,7 @@ import logging
 import math
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,8 +13,17 @@ import ray.exceptions
 
 from scacam.errors import RunError
 
-__all__ = ["Allotment", "allot", "cores", "root_cause", "rows_per_shard", "start_ray"]
+__all__ = [
+    "Allotment",
+    "allot",
+    "cores",
+    "divide",
+    "root_cause",
+    "rows_per_shard",
+    "start_ray",
+]
 
+_ACTORS_PER_GPU = 2
 _EMBEDDED_CPUS_MIN = 4
 _NODE_CPUS_MIN = 2
 _RAISED = re.compile(r"[\w.]+(Error|Exception): ")
@@ -33,7 +43,7 @@ so many processes start that they cost more than they do.
 
 
 class Allotment(NamedTuple):
-    """What each network's pool gets: so many actors, each with so many CPUs and GPUs."""
+    """What a network's pool gets: so many actors, each with so many CPUs and GPUs."""
 
     actors: int
     num_cpus: float
@@ -64,12 +74,16 @@ def start_ray() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def allot(networks: int) -> Allotment:
+def allot(costs: Sequence[float]) -> list[Allotment]:
     """Divide the cluster among the pools of a chain, which all hold their actors at once.
 
-    With GPUs, an actor takes a whole one, or its share where networks outnumber GPUs. Without,
-    there are as many actors as cores, each with one thread, and half of the logical CPUs are left
-    to the tasks that decode and write.
+    The slowest pool sets the pace of all, so a network that costs more gets more actors. On a GPU
+    there are two actors, or more where networks outnumber them: while one packs its heatmaps, the
+    other computes. Without GPUs, there are as many actors as cores, each with one thread, and half
+    of the logical CPUs are left to the tasks that decode and write.
+
+    Args:
+        costs: what an image costs each network, in any unit.
 
     Raises:
         RunError: no node has a CPU to spare for Ray Data's own tasks; the job would wait for ever.
@@ -82,11 +96,22 @@ def allot(networks: int) -> Allotment:
         )
     gpus = int(ray.cluster_resources().get("GPU", 0))
     if gpus:
-        actors = max(gpus // networks, 1)
-        return Allotment(actors, 1.0, 1.0 if gpus >= networks else _share(gpus, networks))
+        per_gpu = max(_ACTORS_PER_GPU, math.ceil(len(costs) / gpus))
+        share = _share(1, per_gpu)
+        return [Allotment(actors, share, share) for actors in divide(gpus * per_gpu, costs)]
     cpus = cores()
-    actors = max(cpus // networks, 1)
-    return Allotment(actors, min(0.5, _share(cpus, 2 * networks * actors)), 0.0)
+    sizes = divide(cpus, costs)
+    num_cpus = min(0.5, _share(cpus, 2 * sum(sizes)))
+    return [Allotment(actors, num_cpus, 0.0) for actors in sizes]
+
+
+def divide(workers: int, costs: Sequence[float]) -> list[int]:
+    """So many workers among pools of these costs, at least one each: the fastest chain there is."""
+    sizes = [1] * len(costs)
+    for _ in range(workers - len(costs)):
+        slowest = max(range(len(costs)), key=lambda pool: costs[pool] / sizes[pool])
+        sizes[slowest] += 1
+    return sizes
 
 
 def cores() -> int:
@@ -101,9 +126,9 @@ def _share(whole: float, parts: int) -> float:
     return math.floor(1000 * whole / parts) / 1000
 
 
-def rows_per_shard(images: int, allotment: Allotment) -> int:
+def rows_per_shard(images: int, actors: int) -> int:
     """Images per shard: four shards per actor in a small run, a bounded size in a large one."""
-    return max(1, min(math.ceil(images / (4 * allotment.actors)), _SHARD_ROWS_MAX))
+    return max(1, min(math.ceil(images / (4 * actors)), _SHARD_ROWS_MAX))
 
 
 def root_cause(error: BaseException) -> str:

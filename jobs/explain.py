@@ -22,7 +22,7 @@ from decode_stage import Decode
 from estimate import estimate
 from explain_stage import Explain
 from inputs import Manifest, read_manifest, refuse_unknown_labels
-from loading import add_network_options, load_networks, parse_networks
+from loading import add_network_options, load_networks, parse_networks, seconds_per_image
 from localize_stage import Localize
 from lock import locked
 from progress import Counts, shares, shown, start_tally
@@ -70,6 +70,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         choices=VIEWS,
         default="center_crop",
         help="what a network sees: its published centre crop, or the whole image squashed",
+    )
+    parser.add_argument(
+        "--bfloat16", action="store_true", help="run the networks in half precision, bfloat16"
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
     parser.add_argument("--limit", type=int, metavar="N", help="explain only the first N images")
@@ -129,8 +132,8 @@ def run(options: argparse.Namespace) -> int:
         del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
         started = time.monotonic()
         start_ray()
-        allotment = allot(len(networks))
-        counts = explain(options, images, networks, allotment)
+        allotments = allot([seconds_per_image(network) for network in networks])
+        counts = explain(options, images, networks, allotments)
         proof = prove(options.output, [network.name for network in networks], images)
         seconds = time.monotonic() - started
         record |= {
@@ -141,7 +144,7 @@ def run(options: argparse.Namespace) -> int:
             "errors": dict(proof.errors),
         }
         complete(options.output, record, proof)
-    print(summary(options.output, images, proof, counts, stage_capacities(networks, allotment)))
+    print(summary(options.output, images, proof, counts, stage_capacities(networks, allotments)))
     failed = proof.errors.total() / images
     return 0 if proof.explained and failed <= options.max_error_rate else 1
 
@@ -187,6 +190,7 @@ def describe(
         "top_k": options.top_k,
         "explain_label": options.explain_label,
         "view": options.view,
+        "bfloat16": options.bfloat16,
     }
 
 
@@ -202,6 +206,7 @@ def stages(
             "top_k": options.top_k,
             "explain_label": options.explain_label,
             "sampling": sampling,
+            "bfloat16": options.bfloat16,
             "last_use": sampling not in uses[index + 1 :],
             "batch_size": options.batch_size or batch_size,
             "is_last": tally is not None and index == len(networks) - 1,
@@ -230,17 +235,20 @@ def dry_run(options: argparse.Namespace, manifest: Manifest, networks: Sequence[
 
 
 def explain(
-    options: argparse.Namespace, images: int, networks: Sequence[Network], allotment: Allotment
+    options: argparse.Namespace,
+    images: int,
+    networks: Sequence[Network],
+    allotments: Sequence[Allotment],
 ) -> Counts:
     """Stream the images that are not done yet through the networks into the shards.
 
     The pools are chained, and the pixels travel along until their last use: so each image is read
     and decoded once, and nothing waits for the whole collection.
     """
-    rows = rows_per_shard(images, allotment)
+    rows = rows_per_shard(images, max(allotment.actors for allotment in allotments))
     tally = start_tally()
     decode, pools, localize = stages(
-        options, networks, tally, _BATCH_ON_GPU if allotment.num_gpus else _BATCH_ON_CPU
+        options, networks, tally, _BATCH_ON_GPU if allotments[0].num_gpus else _BATCH_ON_CPU
     )
 
     context = ray.data.DataContext.get_current()
@@ -253,7 +261,7 @@ def explain(
     stream = ray.data.read_parquet(manifest_path, filesystem=filesystem, num_cpus=TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
-    for network, arguments in zip(networks, pools, strict=True):
+    for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
         stream = stream.map_batches(
             Explain,
             fn_constructor_kwargs=arguments | {"load": partial(ray.get, ray.put(network))},
@@ -284,9 +292,14 @@ def explain(
     return ray.get(tally.get.remote())
 
 
-def stage_capacities(networks: Sequence[Network], allotment: Allotment) -> dict[str, int]:
+def stage_capacities(
+    networks: Sequence[Network], allotments: Sequence[Allotment]
+) -> dict[str, int]:
     """By stage, the processes or cores that it had."""
-    pools = {f"explain {network.name}": allotment.actors for network in networks}
+    pools = {
+        f"explain {network.name}": allotment.actors
+        for network, allotment in zip(networks, allotments, strict=True)
+    }
     return {"decode": cores(), **pools, "localize": cores(), "write": cores()}
 
 

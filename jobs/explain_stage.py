@@ -28,6 +28,7 @@ class Explain:
         top_k: int,
         explain_label: bool,
         sampling: int,
+        bfloat16: bool,
         last_use: bool,
         batch_size: int,
         is_last: bool,
@@ -41,6 +42,7 @@ class Explain:
             top_k: how many classes to explain.
             explain_label: whether to explain the labelled class as well.
             sampling: which `pixels` column the network looks at.
+            bfloat16: whether to run the network in that precision, in place of its own.
             last_use: whether to drop that column, since no later network looks at it.
             batch_size: images per forward pass.
             is_last: whether no network comes after this one.
@@ -54,7 +56,7 @@ class Explain:
         if self.device.type == "cpu":
             torch.set_num_threads(1)  # as many actors as cores, each with one thread
         self.network = load()
-        self.network.module.to(self.device)
+        self.network.module.to(self.device, torch.bfloat16 if bfloat16 else None)
         self.explainer = Explainer(self.network, methods, top_k)
         self.explain_label = explain_label
         self.sampling = sampling

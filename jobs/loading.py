@@ -2,14 +2,17 @@
 
 import argparse
 import logging
+import time
 from collections import Counter
 from collections.abc import Sequence
+
+import torch
 
 from scacam.errors import RunError
 from scacam.networks import Network, load_network
 from scacam.storage import read_bytes
 
-__all__ = ["add_network_options", "load_networks", "parse_networks"]
+__all__ = ["add_network_options", "load_networks", "parse_networks", "seconds_per_image"]
 
 logger = logging.getLogger("scacam")
 
@@ -69,6 +72,18 @@ def load_networks(options: argparse.Namespace) -> list[Network]:
             load_network(name, weights, target_layer=layers.get(name), categories=categories)
         )
     return networks
+
+
+def seconds_per_image(network: Network) -> float:
+    """What one image takes a network, in this process and after a first one."""
+    preprocessing = network.preprocessing
+    shape = (1, *preprocessing.crop_size, preprocessing.channels)
+    images = network.normalize(torch.zeros(shape, dtype=torch.uint8))
+    with torch.inference_mode():
+        network.module(images)
+        began = time.perf_counter()
+        network.module(images)
+        return time.perf_counter() - began
 
 
 def _by_network(values: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:

@@ -31,6 +31,7 @@ _FINGERPRINT = (
     "top_k",
     "explain_label",
     "view",
+    "bfloat16",
     "box_threshold",
 )
 

@@ -16,7 +16,9 @@ from urllib.request import urlopen
 
 import boto3
 import pytest
+import ray
 import yaml
+from cluster import allot, divide
 from explain import parse
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
@@ -146,6 +148,39 @@ def test_rayjob_has_the_form_that_the_operator_wants(rayjob):
     assert gpu["minReplicas"] == gpu["maxReplicas"] > 0
     (container,) = gpu["template"]["spec"]["containers"]
     assert container["resources"]["limits"]["nvidia.com/gpu"] == "1"
+
+
+@pytest.mark.parametrize(
+    ("workers", "costs", "expected"),
+    [
+        (8, [1.0], [8]),
+        (8, [3.0, 3.0], [4, 4]),
+        (16, [11.0, 101.0], [2, 14]),  # 5.5 and 7.2 per image; with one and fifteen, 11 and 6.7
+        (4, [1.0, 1.0, 8.0], [1, 1, 2]),
+        (2, [1.0, 5.0, 1.0], [1, 1, 1]),  # pools take turns where there are too few workers
+    ],
+)
+def test_the_slowest_pool_gets_the_next_worker(workers, costs, expected):
+    assert divide(workers, costs) == expected
+
+
+@pytest.mark.parametrize(
+    ("gpus", "costs", "actors", "share"),
+    [
+        (1, [1.0], [2], 0.5),
+        (2, [1.0, 1.0, 1.0], [2, 1, 1], 0.5),
+        (1, [1.0, 1.0, 1.0], [1, 1, 1], 0.333),
+        (3, [1.0, 5.0], [1, 5], 0.5),
+    ],
+)
+def test_actors_that_share_gpus_all_find_a_place(monkeypatch, gpus, costs, actors, share):
+    """All pools hold their actors at once: what Ray cannot place would wait for ever."""
+    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
+    allotments = allot(costs)
+    assert [allotment.actors for allotment in allotments] == actors
+    assert {allotment.num_gpus for allotment in allotments} == {share}
+    assert sum(actors) <= gpus * int(1 / share)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 import polars
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
@@ -216,6 +217,25 @@ def test_a_finished_run_is_left_alone(finished, capsys):
     assert main(arguments + both[:1]) == 2
     assert "networks" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")} == before
+
+
+def test_bfloat16_gives_the_same_maps_but_for_its_rounding(tmp_path, photo_folder, capsys):
+    folder = photo_folder(6)
+    maps = []
+    for name, arguments in (("whole", []), ("half", ["--bfloat16"])):
+        assert run(folder, tmp_path / name, *arguments) == 0
+        (shard_folder,) = (tmp_path / name / "explanations").iterdir()
+        rows = pq.read_table(shard_folder, partitioning=None).sort_by(
+            [(key, "ascending") for key in ("image_id", "class_id", "method")]
+        )
+        rows = rows.filter(pc.field("class_name") != "gray")  # its weights cancel each other
+        found = rows["heatmap"].combine_chunks().to_numpy_ndarray().astype(np.float32)
+        maps.append(found * rows["scale"].to_numpy()[:, None, None])
+    # Eight bits of mantissa; the network multiplies three times.
+    differences = np.abs(maps[1] - maps[0]).max((1, 2)) / np.abs(maps[0]).max((1, 2))
+    assert 1e-4 < differences.max() < 3 * 2**-8
+    assert run(folder, tmp_path / "whole", "--bfloat16") == 2
+    assert "bfloat16: False → True" in capsys.readouterr().err
 
 
 def test_failed_images_are_tried_again(tmp_path, photo):

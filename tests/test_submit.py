@@ -17,11 +17,16 @@ import pytest
 pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parent.parent
+NETWORKS = {
+    "squeezenet1_1": "random",
+    "resnet18": "random",
+    "tests.tiny_networks:colours": "DEFAULT",
+}
 
 
 @pytest.fixture
 def job_server() -> Iterator[str]:
-    """The address of the job server of a cluster of one node."""
+    """The address of the job server of a cluster of one node with two GPUs."""
     folder = tempfile.mkdtemp(dir="/tmp")  # Ray's sockets bear no longer path
     ports = []
     for _ in range(3):
@@ -29,7 +34,8 @@ def job_server() -> Iterator[str]:
             probe.bind(("127.0.0.1", 0))
             ports.append(probe.getsockname()[1])
     command = [str(Path(sys.executable).parent / "ray"), "start", "--head", "--block"]
-    command += ["--num-cpus=4", f"--temp-dir={folder}", "--disable-usage-stats"]
+    # GPUs of which only Ray knows: pools get their shares of them, and networks run on CPUs.
+    command += ["--num-cpus=4", "--num-gpus=2", f"--temp-dir={folder}", "--disable-usage-stats"]
     command += [f"--port={ports[0]}", f"--dashboard-port={ports[1]}", "--dashboard-host=127.0.0.1"]
     command += [f"--dashboard-agent-listen-port={ports[2]}"]
     environment = {**os.environ, "RAY_AUTH_MODE": "disabled"}
@@ -55,7 +61,8 @@ def job_server() -> Iterator[str]:
 def test_a_submitted_job(job_server, photo_folder, tmp_path):
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", "."]
     command += ["--", sys.executable, "jobs/explain.py", "--input", str(photo_folder(10))]
-    command += ["--output", str(tmp_path / "out"), "--networks", "squeezenet1_1=random"]
+    command += ["--output", str(tmp_path / "out"), "--networks"]
+    command += [f"{name}={weights}" for name, weights in NETWORKS.items()]
     environment = {**os.environ, "RAY_ADDRESS": job_server, "RAY_AUTH_MODE": "disabled"}
     environment.pop("PYTHONPATH", None)
     done = subprocess.run(
@@ -63,4 +70,6 @@ def test_a_submitted_job(job_server, photo_folder, tmp_path):
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "10 of 10 images explained" in done.stdout
-    assert pd.read_parquet(tmp_path / "out" / "explanations")["image_id"].nunique() == 10
+    for network in NETWORKS:
+        rows = pd.read_parquet(tmp_path / "out" / "explanations" / f"network={network}")
+        assert rows["image_id"].nunique() == 10
