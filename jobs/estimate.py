@@ -3,7 +3,7 @@
 import io
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,7 +24,6 @@ from scacam.tables import explanations
 __all__ = ["Estimate", "estimate"]
 
 _SAMPLE_ON_CPU, _SAMPLE_ON_GPU = 16, 256
-_NETWORK = "explain "
 
 
 class Estimate(NamedTuple):
@@ -34,7 +33,8 @@ class Estimate(NamedTuple):
         images: how many there are.
         failed: the share of the sample that could not be explained.
         input_bytes, output_bytes: of all images.
-        seconds: of a core per image, by stage; of a GPU where there is one and a network runs.
+        feeding: seconds of a core per image, by stage beside the networks.
+        explaining: seconds per image, by network; of a GPU where there is one, else of a core.
         sampled: how many images were timed.
         cores, gpus: of this machine.
     """
@@ -43,7 +43,8 @@ class Estimate(NamedTuple):
     failed: float
     input_bytes: float
     output_bytes: float
-    seconds: dict[str, float]
+    feeding: dict[str, float]
+    explaining: dict[str, float]
     sampled: int
     cores: int
     gpus: int
@@ -51,12 +52,12 @@ class Estimate(NamedTuple):
     @property
     def fed(self) -> float:
         """Seconds of a core per image, beside the networks."""
-        return sum(value for name, value in self.seconds.items() if not _is_network(name))
+        return sum(self.feeding.values())
 
     @property
     def explained(self) -> float:
         """Seconds of a core or GPU per image, for all networks."""
-        return sum(value for name, value in self.seconds.items() if _is_network(name))
+        return sum(self.explaining.values())
 
     @property
     def hours(self) -> float:
@@ -67,12 +68,13 @@ class Estimate(NamedTuple):
     def told(self, price_per_hour: float | None) -> str:
         """In words, with the cost if the price of this machine per hour is known."""
         machine = f"{self.cores} cores" + (f" and {self.gpus} GPUs" if self.gpus else "")
+        stages = self.feeding | {f"explain {name}": t for name, t in self.explaining.items()}
         lines = [
             f"images: {self.images:,}, about {_bytes(self.input_bytes)} to read",
             f"output: about {_bytes(self.output_bytes)}, "
             f"{self.output_bytes / self.images:,.0f} bytes per image",
             "milliseconds per image: "
-            + ", ".join(f"{name} {1000 * value:,.1f}" for name, value in self.seconds.items()),
+            + ", ".join(f"{name} {1000 * value:,.1f}" for name, value in stages.items()),
             f"time: about {_time(3600 * self.hours)} on {machine} like these",
         ]
         if self.gpus:
@@ -122,20 +124,15 @@ def estimate(
     sample = _SAMPLE_ON_GPU if gpus else _SAMPLE_ON_CPU
     rows = np.unique(np.linspace(0, len(manifest) - 1, sample).astype(np.int64))
     batch = manifest.take(rows)
-    seconds: dict[str, float] = {}
+    feeding: dict[str, float] = {}
+    explaining: dict[str, float] = {}
 
-    def timed(name: str, stage: Any, batch: pa.Table) -> pa.Table:
-        began = time.perf_counter()
-        after = stage(batch)
-        seconds[name] = (time.perf_counter() - began) / len(batch)
-        return after
-
-    batch = timed("decode", decode, batch)
+    batch, feeding["decode"] = _timed(decode, batch)
     for network, arguments in zip(networks, explain, strict=True):
         stage = Explain(**arguments)
         stage(batch)  # the first pass pays for allocations
-        batch = timed(f"{_NETWORK}{network.name}", stage, batch)
-    batch = timed("localize", localize, batch)
+        batch, explaining[network.name] = _timed(stage, batch)
+    batch, feeding["localize"] = _timed(localize, batch)
     good = batch.filter(pc.is_null(batch["error"]))
     if not len(good):
         first = f"{batch['uri'][0]}: {batch['message'][0]}"
@@ -147,11 +144,19 @@ def estimate(
         failed=1 - share,
         input_bytes=_input_bytes(manifest, good),
         output_bytes=output * len(manifest),
-        seconds=seconds,
+        feeding=feeding,
+        explaining=explaining,
         sampled=len(rows),
         cores=os.cpu_count() or 1,
         gpus=gpus,
     )
+
+
+def _timed(stage: Callable[[pa.Table], pa.Table], batch: pa.Table) -> tuple[pa.Table, float]:
+    """What a stage makes of a batch, and its seconds per image."""
+    began = time.perf_counter()
+    after = stage(batch)
+    return after, (time.perf_counter() - began) / len(batch)
 
 
 def _stored(batch: pa.Table, network: Network) -> int:
@@ -167,10 +172,6 @@ def _input_bytes(manifest: pa.Table, sample: pa.Table) -> float:
         return pc.sum(manifest["size"]).as_py()
     sizes = [len(read_image(uri)) for uri in sample["uri"].to_pylist()]
     return len(manifest) * sum(sizes) / len(sizes)
-
-
-def _is_network(stage: str) -> bool:
-    return stage.startswith(_NETWORK)
 
 
 def _bytes(count: float) -> str:

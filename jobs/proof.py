@@ -13,7 +13,7 @@ from scacam.errors import RunError
 from scacam.storage import join, locate, read_ahead
 from scacam.tables import INDEX
 
-__all__ = ["Proof", "explained_ids", "prove", "shards_of"]
+__all__ = ["Proof", "explained_ids", "prove", "read_columns", "shards_of"]
 
 
 class Proof(NamedTuple):
@@ -79,14 +79,19 @@ def shards_of(output: str, folder: str) -> list[fs.FileInfo]:
     return [info for info in filesystem.get_file_info(selector) if info.extension == "parquet"]
 
 
+def read_columns(filesystem: fs.FileSystem, path: str, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a Parquet file."""
+    with filesystem.open_input_file(path) as file:
+        return pyarrow.parquet.ParquetFile(file).read(columns)
+
+
 def _read(
     output: str, folder: str, columns: list[str]
 ) -> Iterator[tuple[dict[str, object], pa.Table]]:
     filesystem, _ = locate(output)
 
     def read(info: fs.FileInfo) -> tuple[dict[str, object], pa.Table]:
-        with filesystem.open_input_file(info.path) as file:
-            table = pyarrow.parquet.ParquetFile(file).read(columns)
+        table = read_columns(filesystem, info.path, columns)
         shard = {"path": f"{folder}/{info.base_name}", "bytes": info.size, "rows": len(table)}
         return shard, table
 

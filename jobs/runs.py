@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import ray
-from proof import Proof, explained_ids, shards_of
+from proof import Proof, explained_ids, read_columns, shards_of
 from pyarrow import fs
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.checkpoint.checkpoint_filter import CheckpointManager
@@ -20,6 +20,8 @@ from scacam.errors import RunError
 from scacam.storage import join, locate, read_ahead
 
 __all__ = ["begin", "checkpoint", "complete", "refuse_output", "retry_errors"]
+
+_ID = "image_id"
 
 
 def refuse_output(output: str) -> None:
@@ -87,7 +89,7 @@ def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
     done = explained_ids(output, record["networks"][0]["name"])
     folder = _checkpoint_path(output)
     locate(folder)[0].create_dir(locate(folder)[1], recursive=True)
-    _write_table(join(folder, "explained.parquet"), pa.table({"image_id": done}))
+    _write_table(join(folder, "explained.parquet"), pa.table({_ID: done}))
     for shard in shards_of(output, "errors"):
         filesystem.delete_file(shard.path)
     running = {**record, "status": "running"}
@@ -99,7 +101,7 @@ def checkpoint(output: str) -> CheckpointConfig:
     """Ray Data's checkpoint of this run, which `complete` removes."""
     filesystem, path = locate(_checkpoint_path(output))
     return CheckpointConfig(
-        id_column="image_id",
+        id_column=_ID,
         checkpoint_path=path,
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
@@ -124,9 +126,7 @@ class Checkpoint(CheckpointManager):
         files = [info.path for info in self.filesystem.get_file_info(selector) if info.is_file]
 
         def read(path: str) -> np.ndarray:
-            with self.filesystem.open_input_file(path) as file:
-                table = pyarrow.parquet.ParquetFile(file).read([self.id_column])
-            return table[self.id_column].to_numpy()
+            return read_columns(self.filesystem, path, [_ID])[_ID].to_numpy()
 
         parts = list(read_ahead(read, files))
         if not parts:

@@ -120,7 +120,7 @@ def test_rayjob_runs_the_job_with_arguments_that_it_knows(rayjob):
 
 
 def test_rayjob_has_the_form_that_the_operator_wants(rayjob):
-    """By hand after its `ray.io/v1` schema: what is required, and no field that does not exist."""
+    """By hand after its types of `ray.io/v1`: what is required, and no field that is not there."""
     assert (rayjob["apiVersion"], rayjob["kind"]) == ("ray.io/v1", "RayJob")
     assert re.fullmatch(r"[a-z]([-a-z0-9]{0,45}[a-z0-9])?", rayjob["metadata"]["name"])
     spec = rayjob["spec"]
@@ -133,8 +133,18 @@ def test_rayjob_has_the_form_that_the_operator_wants(rayjob):
     assert spec["backoffLimit"] >= 0
     assert spec["shutdownAfterJobFinishes"] is True
     cluster = spec["rayClusterSpec"]
+    assert cluster.keys() <= {
+        "rayVersion", "enableInTreeAutoscaling", "autoscalerOptions", "headGroupSpec",
+        "workerGroupSpecs",
+    }  # fmt: skip
     assert cluster["enableInTreeAutoscaling"] is True
+    assert cluster["autoscalerOptions"].keys() <= {"idleTimeoutSeconds", "upscalingMode"}
     head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"]
+    assert head.keys() == {"serviceType", "rayStartParams", "template"}
+    for group in workers:
+        assert group.keys() == {
+            "groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template",
+        }  # fmt: skip
     for group in (head, *workers):
         assert all(isinstance(value, str) for value in group["rayStartParams"].values())
         pod = group["template"]["spec"]

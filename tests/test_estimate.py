@@ -7,13 +7,13 @@ import ray
 from estimate import Estimate
 from explain import main
 
-SECONDS = {"decode": 0.003, "explain a": 0.001, "explain b": 0.001, "localize": 0.001}
 TEN_MILLION = Estimate(
     images=10_000_000,
     failed=0.25,
     input_bytes=5e11,
     output_bytes=1.2e10,
-    seconds=SECONDS,
+    feeding={"decode": 0.003, "localize": 0.001},
+    explaining={"a": 0.001, "b": 0.001},
     sampled=256,
     cores=8,
     gpus=0,
@@ -51,7 +51,7 @@ def test_a_dry_run_starts_nothing(tmp_path, photo_folder, capsys):
     told = capsys.readouterr().out
     assert "images: 30, about" in told
     assert "from a timed sample of 16 images" in told
-    assert re.search(r"decode [\d.]+, explain tests.tiny_networks:colours [\d.]+, localize", told)
+    assert re.search(r"decode [\d.]+, localize [\d.]+, explain tests.tiny_networks:colours", told)
     assert not output.exists()
     assert ray.is_initialized() == before
 
