@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("scacam")
 
-_BATCH_ON_CPU, _BATCH_ON_GPU = 8, 64
+_BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -29,8 +29,11 @@ _NODE_CPUS_MIN = 2
 _RAISED = re.compile(r"[\w.]+(Error|Exception): ")
 _SHARD_ROWS_MAX = 512
 
-_KEPT = str(1 << 30)
-_ALLOCATOR = {"MALLOC_TRIM_THRESHOLD_": _KEPT, "MALLOC_MMAP_THRESHOLD_": _KEPT}
+_ALLOCATOR = {
+    "MALLOC_ARENA_MAX": "1",
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+}
 """Workers keep the memory that one batch frees for the next: to give it back to the system and take
 it anew, page by page, would be a tenth of the CPU time of a network."""
 

@@ -17,6 +17,7 @@ from typing import Any
 import ray
 import ray.data
 import torch
+from checkpoint import checkpoint
 from cluster import TASK_CPUS, Allotment, allot, cores, root_cause, rows_per_shard, start_ray
 from decode_stage import Decode
 from estimate import estimate
@@ -28,7 +29,7 @@ from lock import locked
 from progress import Counts, shares, shown, start_tally
 from proof import Proof, prove
 from record import describe_network, describe_run
-from runs import begin, checkpoint, complete, refuse_output, retry_errors
+from runs import begin, complete, refuse_output, retry_errors
 from sink import ShardSink
 from stream import sampling_of
 
@@ -40,7 +41,7 @@ from scacam.storage import join, locate
 
 logger = logging.getLogger("scacam")
 
-_BATCH_ON_CPU, _BATCH_ON_GPU = 8, 64
+_BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
 _STALLED_S = 900
 
 

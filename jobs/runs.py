@@ -1,27 +1,18 @@
-"""The life of a run: begun, continued, its errors retried, completed.
-
-While a run is under way, `OUTPUT.checkpoint/` beside the output says which images are done: Ray
-Data writes and reads it, and it must not lie below the output, whose files it cleans up by name.
-"""
+"""The life of a run: begun, continued, its errors retried, completed."""
 
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
-import ray
-from proof import Proof, explained_ids, read_columns, shards_of
+from checkpoint import ID, checkpoint_path
+from proof import Proof, explained_ids, shards_of
 from pyarrow import fs
-from ray.data.checkpoint import CheckpointConfig
-from ray.data.checkpoint.checkpoint_filter import CheckpointManager
 from record import differences, read_record, write_record
 
 from scacam.errors import RunError
-from scacam.storage import join, locate, read_ahead
+from scacam.storage import join, locate
 
-__all__ = ["begin", "checkpoint", "complete", "refuse_output", "retry_errors"]
-
-_ID = "image_id"
+__all__ = ["begin", "complete", "refuse_output", "retry_errors"]
 
 
 def refuse_output(output: str) -> None:
@@ -87,9 +78,9 @@ def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
     """Can be killed anywhere and done again, as long as the record says `retrying`."""
     filesystem, _ = locate(output)
     done = explained_ids(output, record["networks"][0]["name"])
-    folder = _checkpoint_path(output)
+    folder = checkpoint_path(output)
     locate(folder)[0].create_dir(locate(folder)[1], recursive=True)
-    _write_table(join(folder, "explained.parquet"), pa.table({_ID: done}))
+    _write_table(join(folder, "explained.parquet"), pa.table({ID: done}))
     for shard in shards_of(output, "errors"):
         filesystem.delete_file(shard.path)
     running = {**record, "status": "running"}
@@ -97,55 +88,13 @@ def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
     return running
 
 
-def checkpoint(output: str) -> CheckpointConfig:
-    """Ray Data's checkpoint of this run, which `complete` removes."""
-    filesystem, path = locate(_checkpoint_path(output))
-    return CheckpointConfig(
-        id_column=_ID,
-        checkpoint_path=path,
-        override_filesystem=filesystem,
-        delete_checkpoint_on_success=False,
-        checkpoint_manager_cls=Checkpoint,
-    )
-
-
-class Checkpoint(CheckpointManager):
-    """Loads a checkpoint of as many files as there are shards.
-
-    Ray Data's own loader takes a thread per file, and ten million images have 20,000 of them.
-    """
-
-    def load_checkpoint(
-        self,
-        data_file_dir: str | None = None,
-        data_file_filesystem: fs.FileSystem | None = None,
-    ) -> tuple[Any, int]:
-        """The sorted ids of the images that are done, as a reference, and how many bytes."""
-        self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
-        selector = fs.FileSelector(self.checkpoint_path_unwrapped, allow_not_found=True)
-        files = [info.path for info in self.filesystem.get_file_info(selector) if info.is_file]
-
-        def read(path: str) -> np.ndarray:
-            return read_columns(self.filesystem, path, [_ID])[_ID].to_numpy()
-
-        parts = list(read_ahead(read, files))
-        if not parts:
-            return None, 0
-        ids = np.sort(np.concatenate(parts))
-        return ray.put(ids), ids.nbytes
-
-
 def complete(output: str, record: dict[str, Any], proof: Proof) -> None:
     """Write the index, mark the run complete, and only then forget the checkpoint."""
     _write_table(join(output, "index.parquet"), proof.index)
     write_record(output, record)
-    filesystem, path = locate(_checkpoint_path(output))
+    filesystem, path = locate(checkpoint_path(output))
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
         filesystem.delete_dir(path)
-
-
-def _checkpoint_path(output: str) -> str:
-    return output.rstrip("/") + ".checkpoint"
 
 
 def _write_table(path: str, table: pa.Table) -> None:

@@ -64,8 +64,9 @@ def set_failures(batch: pa.Table, failures: dict[int, Failure]) -> pa.Table:
 
 
 def tensors(column: pa.ChunkedArray) -> np.ndarray:
-    """A column of fixed-shape tensors as one array `[rows, ...]`."""
-    return column.combine_chunks().to_numpy_ndarray()
+    """A column of fixed-shape tensors as one array `[rows, ...]`, without a copy if it can be."""
+    chunks = [chunk.to_numpy_ndarray() for chunk in column.chunks]
+    return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
 def list_column(structs: list[pa.StructArray], lengths: np.ndarray) -> pa.ListArray:

@@ -4,6 +4,7 @@ Post-processing, stated once: ReLU on the map where the method has one, bilinear
 aligned corners to the network's input, division by the maximum.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -85,14 +86,36 @@ def box_of_region(mask: np.ndarray) -> tuple[int, int, int, int]:
 
     Of regions of equal size, the first in reading order counts. The mask must not be empty.
     """
-    region = mask.astype(np.uint8)
-    contours, _ = cv2.findContours(region, cv2.RETR_LIST, cv2.CHAIN_APPROX_SIMPLE)
-    if len(contours) > 1:  # several regions, or holes: label them, which takes ten times as long
-        _, labels = cv2.connectedComponents(region, connectivity=8)
-        areas = np.bincount(labels.ravel())
-        region = (labels == 1 + areas[1:].argmax()).astype(np.uint8)
+    outlines, tree = cv2.findContours(mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    region = outlines[0] if len(outlines) == 1 else _largest(outlines, tree[0, :, 3].tolist())
     x, y, width, height = cv2.boundingRect(region)
     return x, y, x + width, y + height
+
+
+def _largest(outlines: Sequence[np.ndarray], parents: Sequence[int]) -> np.ndarray:
+    """The outline of the largest region.
+
+    Pixels are counted by Pick's theorem, in a fraction of the time that labelling them takes: an
+    outline through n pixels has area − n / 2 + 1 inside, and area + n / 2 + 1 with its own.
+
+    Args:
+        outlines: int32 `[pixels, 1, 2]`, of regions, from their first pixel on, and of their holes,
+            along the pixels around.
+        parents: of a hole, the index of its region; of a region, -1.
+    """
+    sizes = {index: 0.0 for index, parent in enumerate(parents) if parent < 0}
+    for index, (outline, parent) in enumerate(zip(outlines, parents, strict=True)):
+        area, half = cv2.contourArea(outline), len(outline) / 2 if len(outline) > 1 else 0.0
+        if parent < 0:
+            sizes[index] += area + half + 1
+        else:
+            sizes[parent] -= area - half + 1
+
+    def order(index: int) -> tuple[float, int, int]:
+        x, y = outlines[index][0, 0]
+        return sizes[index], -y, -x
+
+    return outlines[max(sizes, key=order)]
 
 
 def _in_image(points: np.ndarray, views: np.ndarray) -> np.ndarray:

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import duckdb
@@ -13,11 +15,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from checkpoint import checkpoint
+from decode_stage import Decode
 from explain import main
+from localize_stage import Localize
 from PIL import Image
+from ray import cloudpickle
+from sink import ShardSink
 
 import scacam
-from scacam import load_network
+from scacam import Preprocessing, load_network
 from scacam.images import decode, pixels, view_of
 
 CONTRACT = {
@@ -217,6 +224,22 @@ def test_a_finished_run_is_left_alone(finished, capsys):
     assert main(arguments + both[:1]) == 2
     assert "networks" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in output.rglob("*.parquet")} == before
+
+
+def test_only_the_workers_of_networks_load_torch(tmp_path):
+    """It would be most of what each of the others takes to start, in time and in memory."""
+    output = str(tmp_path / "out")
+    sent = (
+        checkpoint(output),
+        Decode([Preprocessing()], "center_crop", None),
+        Localize({"network": (224, 224)}, ["grad_cam"], None),
+        ShardSink(output, {"network": (7, 7)}, None, 1.0),
+    )
+    program = "import pickle, sys; pickle.load(sys.stdin.buffer); print('torch' in sys.modules)"
+    receiver = subprocess.run(
+        [sys.executable, "-c", program], input=cloudpickle.dumps(sent), capture_output=True
+    )
+    assert receiver.stdout.strip() == b"False", receiver.stderr.decode()
 
 
 def test_bfloat16_gives_the_same_maps_but_for_its_rounding(tmp_path, photo_folder, capsys):
