@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
+from allocator import ENVIRONMENT
 
 from scacam.errors import RunError
 
@@ -28,14 +29,6 @@ _EMBEDDED_CPUS_MIN = 4
 _NODE_CPUS_MIN = 2
 _RAISED = re.compile(r"[\w.]+(Error|Exception): ")
 _SHARD_ROWS_MAX = 512
-
-_ALLOCATOR = {
-    "MALLOC_ARENA_MAX": "1",
-    "MALLOC_MMAP_MAX_": "0",
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
-}
-"""Workers keep the memory that one batch frees for the next: to give it back to the system and take
-it anew, page by page, would be a tenth of the CPU time of a network."""
 
 TASK_CPUS = 0.45
 """What a task that decodes or writes reserves: it shares its core with an explaining actor.
@@ -67,9 +60,9 @@ def start_ray() -> None:
         # On a cluster, workers know the working directory of the job, but not this folder in it.
         here = Path(__file__).resolve().parent
         paths = os.pathsep.join([str(here), str(here.parent)])
-        ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths, **_ALLOCATOR}}, **quiet)
+        ray.init(runtime_env={"env_vars": {"PYTHONPATH": paths, **ENVIRONMENT}}, **quiet)
     else:
-        for name, value in _ALLOCATOR.items():
+        for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are for operators
         cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)

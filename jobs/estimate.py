@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet
 import torch
+from allocator import keep_freed_memory
 from decode_stage import Decode
 from explain_stage import Explain
 from localize_stage import Localize
@@ -120,6 +121,7 @@ def estimate(
     Raises:
         RunError: none of the sampled images can be explained.
     """
+    keep_freed_memory()  # as the workers do
     gpus = torch.cuda.device_count()
     sample = _SAMPLE_ON_GPU if gpus else _SAMPLE_ON_CPU
     rows = np.unique(np.linspace(0, len(manifest) - 1, sample).astype(np.int64))
