@@ -21,6 +21,7 @@ import ray
 import ray.data
 from cluster import TASK_CPUS, allot, rows_per_shard, start_ray
 from decode_stage import Decode
+from device import settle
 from inputs import read_manifest
 from loading import add_network_options, load_networks, seconds_per_image
 from lock import locked
@@ -35,8 +36,6 @@ if TYPE_CHECKING:
     from scacam.networks import Network
 
 logger = logging.getLogger("scacam")
-
-_BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -91,7 +90,6 @@ def weigh(
 ) -> tuple[list[Weights], Counter[str]]:
     """Stream the images through the networks; returns their weights and the errors by kind."""
     allotments = allot([seconds_per_image(network) for network in networks])
-    batch_size = options.batch_size or (_BATCH_ON_GPU if allotments[0].num_gpus else _BATCH_ON_CPU)
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()
@@ -109,7 +107,7 @@ def weigh(
             fn_constructor_kwargs={
                 "load": partial(ray.get, ray.put(network)),
                 "sampling": samplings.index(sampling_of(network.preprocessing)),
-                "batch_size": batch_size,
+                "batch_size": options.batch_size,
                 "is_last": index == len(networks) - 1,
                 "tally": tally,
             },
@@ -155,7 +153,7 @@ class Observe:
         load: "Callable[[], Network]",
         *,
         sampling: int,
-        batch_size: int,
+        batch_size: int | None,
         is_last: bool,
         tally: Any,
     ) -> None:
@@ -164,24 +162,18 @@ class Observe:
         Args:
             load: gets the network.
             sampling: which `pixels` column the network looks at.
-            batch_size: images per forward pass.
+            batch_size: images per forward pass; None for what suits the device.
             is_last: whether no network comes after this one.
             tally: the `progress.Tally` actor.
         """
-        import torch
-
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(1)  # as many actors as cores, each with one thread
         self.network = load()
-        self.network.module.to(self.device)
+        self.device, self.batch_size = settle(self.network, batch_size)
         self.sampling = sampling
-        self.batch_size = batch_size
         self.is_last = is_last
         self.tally = tally
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Observe one block, `batch_size` images at a time."""
+        """Observe one block, some images at a time."""
         with taken_up(self.tally, f"observe {self.network.name}", batch):
             rows = np.flatnonzero(batch["error"].is_null().to_numpy())
             samples = tensors(batch[f"pixels {self.sampling}"])

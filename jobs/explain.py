@@ -16,7 +16,6 @@ from typing import Any
 
 import ray
 import ray.data
-import torch
 from checkpoint import checkpoint
 from cluster import TASK_CPUS, Allotment, allot, cores, root_cause, rows_per_shard, start_ray
 from decode_stage import Decode
@@ -41,7 +40,6 @@ from scacam.storage import join, locate
 
 logger = logging.getLogger("scacam")
 
-_BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
 _STALLED_S = 900
 
 
@@ -196,7 +194,7 @@ def describe(
 
 
 def stages(
-    options: argparse.Namespace, networks: Sequence[Network], tally: Any, batch_size: int
+    options: argparse.Namespace, networks: Sequence[Network], tally: Any
 ) -> tuple[Decode, list[dict[str, Any]], Localize]:
     """The stages of the stream: of the networks' stages the arguments but for their network."""
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
@@ -209,7 +207,7 @@ def stages(
             "sampling": sampling,
             "bfloat16": options.bfloat16,
             "last_use": sampling not in uses[index + 1 :],
-            "batch_size": options.batch_size or batch_size,
+            "batch_size": options.batch_size,
             "is_last": tally is not None and index == len(networks) - 1,
             "tally": tally,
         }
@@ -225,8 +223,7 @@ def stages(
 
 def dry_run(options: argparse.Namespace, manifest: Manifest, networks: Sequence[Network]) -> int:
     """Say what the job would do, from a timed sample, and start nothing."""
-    batch_size = _BATCH_ON_GPU if torch.cuda.is_available() else _BATCH_ON_CPU
-    decode, pools, localize = stages(options, networks, None, batch_size)
+    decode, pools, localize = stages(options, networks, None)
     for network, arguments in zip(networks, pools, strict=True):
         arguments["load"] = partial(lambda network: network, network)
     found = estimate(manifest.table, networks, decode, pools, localize)
@@ -248,9 +245,7 @@ def explain(
     """
     rows = rows_per_shard(images, max(allotment.actors for allotment in allotments))
     tally = start_tally()
-    decode, pools, localize = stages(
-        options, networks, tally, _BATCH_ON_GPU if allotments[0].num_gpus else _BATCH_ON_CPU
-    )
+    decode, pools, localize = stages(options, networks, tally)
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from device import settle
 from stream import Failure, explanations_column, list_column, set_failures, taken_up, tensors
 
 from scacam.tables import EXPLANATION, pack_heatmaps
@@ -30,7 +31,7 @@ class Explain:
         sampling: int,
         bfloat16: bool,
         last_use: bool,
-        batch_size: int,
+        batch_size: int | None,
         is_last: bool,
         tally: Any,
     ) -> None:
@@ -44,29 +45,25 @@ class Explain:
             sampling: which `pixels` column the network looks at.
             bfloat16: whether to run the network in that precision, in place of its own.
             last_use: whether to drop that column, since no later network looks at it.
-            batch_size: images per forward pass.
+            batch_size: images per forward pass; None for what suits the device.
             is_last: whether no network comes after this one.
             tally: the `progress.Tally` actor.
         """
-        import torch
-
         from scacam.explainer import Explainer
 
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        if self.device.type == "cpu":
-            torch.set_num_threads(1)  # as many actors as cores, each with one thread
         self.network = load()
-        self.network.module.to(self.device, torch.bfloat16 if bfloat16 else None)
+        self.device, self.batch_size = settle(self.network, batch_size)
+        if bfloat16:
+            self.network.module.bfloat16()
         self.explainer = Explainer(self.network, methods, top_k)
         self.explain_label = explain_label
         self.sampling = sampling
         self.last_use = last_use
-        self.batch_size = batch_size
         self.is_last = is_last
         self.tally = tally
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Explain one block, `batch_size` images at a time."""
+        """Explain one block, some images at a time."""
         if not len(batch):
             return batch
         with taken_up(self.tally, f"explain {self.network.name}", batch) as attempts:

@@ -51,9 +51,7 @@ def _flock(path: str, output: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise RunError(
-                f"another job is writing to {output}; wait until it has ended"
-            ) from error
+            raise RunError(_BUSY.format(output)) from error
         yield
 
 

@@ -58,11 +58,11 @@ class ShardSink(BlockBasedFileDatasink):
         Raises:
             RunError: too many of the images so far are errors.
         """
-        began = time.monotonic()
         tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
         tables = [table for table in tables if len(table)]
         if not tables:
             return
+        began = time.monotonic()  # not before: blocks are localized as they are taken
         images = pa.concat_tables(tables)
         name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
         failed = images.filter(pc.is_valid(images["error"]))

@@ -151,6 +151,13 @@ def test_larger_and_non_square_inputs_and_gray_ones() -> None:
     assert Explainer(wide)(images).heatmaps["sca_cam"].shape == (1, 3, 12, 24)
 
 
+def test_images_stay_channels_last_in_memory() -> None:
+    network = load_network("squeezenet1_1", "random")
+    images = network.normalize(torch.zeros(2, 32, 48, 3, dtype=torch.uint8))
+    assert images.shape == (2, 3, 32, 48)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+
+
 def _modules_that_cannot_be_explained() -> dict[str, tuple[Callable[[], Network], str]]:
     def conv() -> nn.Module:
         return nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
