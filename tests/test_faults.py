@@ -15,6 +15,7 @@ import pandas as pd
 import pyarrow.dataset as ds
 import pytest
 from PIL import Image
+from pyarrow.fs import FileSelector
 from servers import BUCKET, ObjectStore
 
 from scacam.storage import locate
@@ -95,22 +96,39 @@ def store(tmp_path_factory):
     server.stop()
 
 
-def killed_and_continued(begin: Callable[[], "subprocess.Popen[str]"], seed: int) -> None:
-    """Kill the job with SIGKILL at five random moments, then let it end."""
+def names(filesystem, path) -> list[str]:
+    selector = FileSelector(path, recursive=True, allow_not_found=True)
+    return [info.path for info in filesystem.get_file_info(selector)]
+
+
+def shards_in(output: str) -> int:
+    filesystem, path = locate(output)
+    return sum(name.endswith(".parquet") for name in names(filesystem, f"{path}/explanations"))
+
+
+def killed_and_continued(
+    begin: Callable[[], "subprocess.Popen[str]"], output: str, seed: int
+) -> None:
+    """Kill the job with SIGKILL five times, at random moments or soon after its next shard.
+
+    Then let it end.
+    """
     moments = random.Random(seed)
     for _ in range(5):
+        before = shards_in(output)
         process = begin()
-        try:
-            process.wait(timeout=moments.uniform(6, 24))
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGKILL)
+        latest = time.monotonic() + moments.uniform(6, 24)
+        while time.monotonic() < latest and shards_in(output) == before:
+            time.sleep(0.05)
+        time.sleep(moments.uniform(0, 0.3))
+        process.send_signal(signal.SIGKILL)
         process.communicate()
     ended(begin())
 
 
 def test_killed_five_times_on_local_disk(photos, quiet, tmp_path):
     output = str(tmp_path / "out")
-    killed_and_continued(lambda: start(str(photos), output), seed=1)
+    killed_and_continued(lambda: start(str(photos), output), output, seed=1)
     assert_same_rows(rows(output), quiet)
     assert "nothing to do" in ended(start(str(photos), output))
 
@@ -118,7 +136,7 @@ def test_killed_five_times_on_local_disk(photos, quiet, tmp_path):
 def test_killed_five_times_on_object_storage(photos, quiet, store):
     store.upload(photos, "kill/photos")
     source, output = f"s3://{BUCKET}/kill/photos", f"s3://{BUCKET}/kill/out"
-    killed_and_continued(lambda: start(source, output), seed=2)
+    killed_and_continued(lambda: start(source, output), output, seed=2)
     actual = rows(output)
     actual["uri"] = actual["uri"].str.replace(source, str(photos))
     assert_same_rows(actual, quiet)
@@ -143,13 +161,6 @@ def test_the_store_is_gone_for_a_while(photos, quiet, store):
     assert_same_rows(actual, quiet)
 
 
-def names(filesystem, path) -> list[str]:
-    from pyarrow import fs
-
-    selector = fs.FileSelector(path, recursive=True, allow_not_found=True)
-    return [info.path for info in filesystem.get_file_info(selector)]
-
-
 def test_processes_of_the_job_are_killed(photos, quiet, tmp_path):
     output = tmp_path / "out"
     process = start(str(photos), str(output))
@@ -164,11 +175,15 @@ def test_processes_of_the_job_are_killed(photos, quiet, tmp_path):
     assert_same_rows(rows(str(output)), quiet)
 
 
-def wait_for_shards(output: Path, count: int) -> None:
+def wait_for(found: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while len(list(output.glob("explanations/*/*.parquet"))) < count:
+    while not found():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def wait_for_shards(output: Path, count: int) -> None:
+    wait_for(lambda: shards_in(str(output)) >= count)
 
 
 def workers_of(driver: int, name: str) -> list[int]:
@@ -253,8 +268,10 @@ def test_a_hopeless_run_is_stopped(tmp_path):
 def test_two_jobs_on_one_output(photos, tmp_path):
     output = tmp_path / "out"
     first = start(str(photos), str(output))
-    wait_for_shards(output, 1)
+    wait_for((output / "run.json").exists)
+    first.send_signal(signal.SIGSTOP)  # so that it does not end before the other has begun
     assert "another job is writing to" in ended(start(str(photos), str(output)), status=2)
+    first.send_signal(signal.SIGCONT)
     ended(first)
 
 
