@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from scacam.explainer import Explainer, Explanation
     from scacam.images import Preprocessing
     from scacam.networks import Network, load_network
-    from scacam.results import Run, open_run
+    from scacam.runs.results import Run, open_run
 
 __version__ = "0.1.0"
 
@@ -41,9 +41,9 @@ _HOMES = {
     "Explanation": "scacam.explainer",
     "Network": "scacam.networks",
     "Preprocessing": "scacam.images",
-    "Run": "scacam.results",
+    "Run": "scacam.runs.results",
     "load_network": "scacam.networks",
-    "open_run": "scacam.results",
+    "open_run": "scacam.runs.results",
 }
 
 

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from scacam.errors import ScacamError
-from scacam.gradients import Gradients
-from scacam.heads import capture
 from scacam.methods import METHODS
+from scacam.methods.gradients import Gradients
 from scacam.networks import Network
+from scacam.networks.head import capture
 
 __all__ = ["Explainer", "Explanation", "Observation", "observe"]
 

@@ -1,17 +1,12 @@
 """What the tests share: images that they make themselves, and one embedded Ray."""
 
 import io
-import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-
-# Ray's workers find the modules of the jobs as they do when a job is run from the command line.
-_ROOT = Path(__file__).parent.parent
-os.environ["PYTHONPATH"] = os.pathsep.join([str(_ROOT / "jobs"), str(_ROOT)])
 
 
 def _photo(width: int = 300, height: int = 200, seed: int = 0) -> Image.Image:

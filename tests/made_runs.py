@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scacam.caw import CAW
+from scacam.audit.caw import CAW
 from scacam.localization import localize
 from scacam.tables import (
     CURVES,

@@ -5,7 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from allocator import ENVIRONMENT
+
+from scacam.pipeline.allocator import ENVIRONMENT
 
 # As Ray does it with an actor: in a thread, with as much at once as a batch of features.
 PROGRAM = """
@@ -24,7 +25,7 @@ def run():
     return again()
 
 if sys.argv[1] == "main":
-    import allocator
+    from scacam.pipeline import allocator
     allocator.keep_freed_memory()
     print(run())
 else:
@@ -35,7 +36,7 @@ else:
 
 def faults(where: str, settings: dict[str, str]) -> int:
     command = [sys.executable, "-c", PROGRAM, where]
-    environment = {key: os.environ[key] for key in ("PATH", "PYTHONPATH")} | settings
+    environment = {"PATH": os.environ["PATH"]} | settings
     return int(subprocess.run(command, env=environment, capture_output=True, check=True).stdout)
 
 

@@ -7,7 +7,7 @@ from made_runs import Images, Said, write_run
 from torch import nn
 
 import scacam
-from scacam.attention import (
+from scacam.audit.attention import (
     BORDER_AREA,
     CORNER_AREA,
     Objects,
@@ -16,8 +16,8 @@ from scacam.attention import (
     fixed_place,
     outside,
 )
-from scacam.audit import Audit, audit
-from scacam.compare import top_maps
+from scacam.audit.audit import Audit, audit
+from scacam.audit.likeness import top_maps
 
 SIZE, MAPS = 48, 6
 NAMES = ["square", "disc", "cross", "marked"]

@@ -6,12 +6,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from caw import main
 
 from scacam import load_network
-from scacam.caw import CAW, Weights, relate, verdict
+from scacam.audit.caw import CAW, Weights, relate, verdict
 from scacam.explainer import observe
-from scacam.gradients import averaged
+from scacam.jobs.caw import main
+from scacam.methods.gradients import averaged
 
 torch.set_num_threads(1)
 

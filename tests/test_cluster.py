@@ -18,10 +18,11 @@ import boto3
 import pytest
 import ray
 import yaml
-from cluster import allot, divide
-from explain import parse
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
+
+from scacam.jobs.explain import parse
+from scacam.pipeline.cluster import allot, divide
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

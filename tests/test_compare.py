@@ -4,13 +4,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from compare import main
 from made_runs import Images, Said, write_run
 from scipy.stats import spearmanr
 
 import scacam
 from scacam import RunError
-from scacam.compare import (
+from scacam.audit.likeness import (
     COMPARISON,
     Ranking,
     box_iou,
@@ -20,6 +19,7 @@ from scacam.compare import (
     standard_ranks,
     top_maps,
 )
+from scacam.jobs.compare import main
 
 NAMES = ["cat", "dog", "emu"]
 

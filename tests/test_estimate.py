@@ -4,8 +4,9 @@ import re
 
 import pytest
 import ray
-from estimate import Estimate
-from explain import main
+
+from scacam.jobs.estimate import Estimate
+from scacam.jobs.explain import main
 
 TEN_MILLION = Estimate(
     images=10_000_000,

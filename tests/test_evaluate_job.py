@@ -12,10 +12,10 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from evaluate import main
 from made_runs import Images, Said, write_run
 from servers import BUCKET, ObjectStore
 
+from scacam.jobs.evaluate import main
 from scacam.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
 
 SIDE = 224

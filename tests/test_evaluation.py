@@ -6,18 +6,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scacam.boxes import (
-    GRID,
-    LEVELS,
-    THRESHOLDS,
-    best_ious,
-    boxes_above,
-    iou,
-    quantise,
-    score_map,
-    sweep,
+from scacam.evaluation.intervals import (
+    GROUPS,
+    BoxTotals,
+    MaskTotals,
+    curves,
+    dealt,
+    draws,
+    summarise,
 )
-from scacam.evaluation import (
+from scacam.evaluation.measures import (
     BASELINES,
     Claim,
     baseline,
@@ -32,7 +30,17 @@ from scacam.evaluation import (
     score_histograms,
     truth_in_view,
 )
-from scacam.intervals import GROUPS, BoxTotals, MaskTotals, curves, dealt, draws, summarise
+from scacam.evaluation.sweep import (
+    GRID,
+    LEVELS,
+    THRESHOLDS,
+    best_ious,
+    boxes_above,
+    iou,
+    quantise,
+    score_map,
+    sweep,
+)
 
 WHOLE = np.array([0, 0, GRID, GRID], dtype=np.float32)
 

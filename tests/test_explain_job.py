@@ -15,17 +15,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
-from checkpoint import checkpoint
-from decode_stage import Decode
-from explain import main
-from localize_stage import Localize
 from PIL import Image
 from ray import cloudpickle
-from sink import ShardSink
 
 import scacam
 from scacam import Preprocessing, load_network
 from scacam.images import decode, pixels, view_of
+from scacam.jobs.explain import main
+from scacam.pipeline.checkpoint import checkpoint
+from scacam.pipeline.decode import Decode
+from scacam.pipeline.localize import Localize
+from scacam.pipeline.sink import ShardSink
 
 CONTRACT = {
     "image_id": pa.int64(),

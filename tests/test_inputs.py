@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from inputs import read_manifest, refuse_unknown_labels
 
-from scacam.containers import read_image
 from scacam.errors import RunError
+from scacam.inputs.containers import read_image
+from scacam.inputs.manifest import read_manifest, refuse_unknown_labels
 from scacam.tables import MANIFEST
 
 

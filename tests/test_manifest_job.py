@@ -8,10 +8,11 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from inputs import read_manifest
-from manifest import main
 from scipy.io import savemat
 from servers import BUCKET, ObjectStore
+
+from scacam.inputs.manifest import read_manifest
+from scacam.jobs.manifest import main
 
 
 def touch(root: Path, *paths: str) -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torchcam.methods import CAM, LayerCAM
 
 from scacam import Explainer, Network, Preprocessing, methods
-from scacam.gradients import MaskedGradients
 from scacam.methods import METHODS
+from scacam.methods.gradients import MaskedGradients
 
 FEATURES = torch.tensor([[[[1.0, 2], [3, 4]], [[-1, 1], [1, 2]]]])
 GRADIENTS = torch.tensor([[[[[1.0, -1], [0, 2]], [[-2, 0], [-4, 2]]]]])  # averages 0.5 and -1

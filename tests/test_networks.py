@@ -12,16 +12,16 @@ import foolbox
 import pytest
 import torch
 import torchvision
-from loading import add_network_options, load_networks
 from safetensors.torch import save_file
 from servers import BUCKET, ObjectStore
 from torch import Tensor, nn
 
 from scacam import Explainer, Network, NetworkError, Preprocessing, ScacamError, load_network
-from scacam.heads import TargetLayer
 from scacam.images import see
+from scacam.jobs.options import add_network_options, load_networks
 from scacam.methods import METHODS
-from scacam.storage import _filesystem
+from scacam.networks.head import TargetLayer
+from scacam.storage.files import _filesystem
 
 torch.set_num_threads(1)  # more of them only wait for each other on networks this small
 
@@ -326,7 +326,7 @@ def test_a_checkpoint_sizes_the_classifier_and_categories_name_it(
     name: str, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    from scacam.zoo import find_recipe
+    from scacam.networks.zoo import find_recipe
 
     path = str(tmp_path / "weights.pt")
     torch.save(find_recipe(name, "random").build(3).state_dict(), path)

@@ -5,10 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from made_runs import Images, Said, write_run
-from pictures import main, stem
 from PIL import Image
 
-from scacam.pictures import (
+from scacam.drawing import (
     FOUND,
     TRUTH,
     Cell,
@@ -20,6 +19,7 @@ from scacam.pictures import (
     sheet,
     shorten,
 )
+from scacam.jobs.pictures import main, stem
 
 
 def _lightness(rgb: np.ndarray) -> np.ndarray:

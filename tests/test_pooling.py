@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from scacam import Explainer, Network, Preprocessing
 from scacam.explainer import observe
-from scacam.gradients import averaged
+from scacam.methods.gradients import averaged
 
 POOLINGS = {
     "1: global average": (nn.AdaptiveAvgPool2d(1), 1),

@@ -16,11 +16,11 @@ import pytest
 from made_runs import Images, Said, evaluate, weigh, write_run
 from PIL import Image
 from pyarrow import fs
-from report import main
 from selenium import webdriver
 from servers import BUCKET, ObjectStore
 
-from scacam.charts import lines
+from scacam.jobs.report import main
+from scacam.report.charts import lines
 
 JOB = Path(__file__).parent.parent / "jobs/report.py"
 SECTIONS = {"classes", "ran", "same-image", "top-classes", "one-class", "audit", "about"}

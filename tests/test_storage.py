@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from servers import BUCKET, ObjectStore
 
-from scacam.storage import _filesystem, is_transient, locate, read_ahead, read_bytes
+from scacam.storage import is_transient, locate, read_ahead, read_bytes
+from scacam.storage.files import _filesystem
 
 ODD = [
     "a b.jpg", "a#b.jpg", "a%20b.jpg", "100%.jpg", "ü你.jpg", "q\"uo'te.jpg", "new\nline.jpg",

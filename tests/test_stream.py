@@ -2,7 +2,8 @@
 
 import numpy as np
 import pyarrow as pa
-from stream import tensors
+
+from scacam.pipeline.rows import tensors
 
 
 def column_of(*arrays: np.ndarray) -> pa.ChunkedArray:

@@ -1,0 +1,121 @@
+"""Where heatmaps lie: at the border, in the corners, on the objects, always in one place.
+
+Arrays in, arrays out. Maps are `shares`: not negative, each with sum 1.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from scacam.audit.likeness import TopMaps
+
+__all__ = [
+    "BORDER_AREA",
+    "CORNER_AREA",
+    "Objects",
+    "border_cells",
+    "corner_cells",
+    "fixed_place",
+    "outside",
+]
+
+_BORDER = 1 / 8
+_CORNER = 1 / 4
+BORDER_AREA = 1 - (1 - 2 * _BORDER) ** 2
+"""Share of the view within an eighth of it from its edges."""
+CORNER_AREA = 4 * _CORNER**2
+"""Share of the view in the four squares in its corners, each a quarter of it wide and high."""
+
+
+@dataclass
+class Objects:
+    """Where the objects are: boxes by image, sorted by image id.
+
+    Attributes:
+        image_ids: int64 `[N]`, one per box.
+        boxes: float32 `[N, 4]`, in pixels of the original images, half-open.
+    """
+
+    image_ids: np.ndarray
+    boxes: np.ndarray
+
+    def of(self, image_id: int) -> np.ndarray:
+        """The boxes of one image, `[M, 4]`."""
+        return self.boxes[slice(*np.searchsorted(self.image_ids, [image_id, image_id + 1]))]
+
+    def coverage(self, maps: TopMaps) -> np.ndarray:
+        """How much of each cell is object: `[N, h, w]`, all NaN where an image has no boxes."""
+        ids = maps.column("image_id")
+        count, height, width = maps.heatmaps.shape
+        first, last = np.searchsorted(self.image_ids, [ids[0], ids[-1] + 1]) if count else (0, 0)
+        chosen = first + np.flatnonzero(np.isin(self.image_ids[first:last], ids))
+        images = np.searchsorted(ids, self.image_ids[chosen])
+        views = maps.rectangles("view")[images]
+        covers = []
+        for axis, length in ((1, height), (0, width)):
+            start, size = views[:, axis], views[:, axis + 2] - views[:, axis]
+            low, high = (
+                (self.boxes[chosen, side] - start) / size * length for side in (axis, axis + 2)
+            )
+            covers.append(_overlap(length, low[:, None], high[:, None]))
+        covered = np.full((count, height, width), -1.0)
+        np.maximum.at(covered, images, covers[0][:, :, None] * covers[1][:, None, :])
+        return np.where(covered < 0, np.nan, covered)
+
+
+def border_cells(height: int, width: int) -> np.ndarray:
+    """The share of each cell of a map `[h, w]` that lies in the border of the view."""
+    inner = [_overlap(n, _BORDER * n, (1 - _BORDER) * n) for n in (height, width)]
+    return 1 - np.outer(*inner)
+
+
+def corner_cells(height: int, width: int) -> np.ndarray:
+    """The share of each cell of a map `[h, w]` that lies in the corners of the view."""
+    outer = [1 - _overlap(n, _CORNER * n, (1 - _CORNER) * n) for n in (height, width)]
+    return np.outer(*outer)
+
+
+def _overlap(length: int, low: float | np.ndarray, high: float | np.ndarray) -> np.ndarray:
+    """How much of each of `length` cells of width 1 lies between two points."""
+    cells = np.arange(length)
+    return (np.minimum(cells + 1, high) - np.maximum(cells, low)).clip(0, 1)
+
+
+def outside(shares: np.ndarray, coverage: np.ndarray) -> np.ndarray:
+    """How much denser maps are outside of the objects than inside, from 0 to 1; 0.5 is alike.
+
+    A share of the map alone would call every small object missed. NaN where nothing or everything
+    is object, or the map is zero.
+
+    Args:
+        shares: maps `[N, h, w]` with sum 1.
+        coverage: `[N, h, w]`, how much of each cell is object.
+    """
+    area = coverage.mean((1, 2))
+    within = (shares * coverage).sum((1, 2))
+    known = (area > 0) & (area < 1) & shares.any((1, 2))
+    area = np.where(known, area, np.nan)
+    away, on = (1 - within) / (1 - area), within / area
+    return away / (away + on)
+
+
+def fixed_place(total: np.ndarray, squares: float, count: int, usual: np.ndarray) -> float:
+    """How alike maps are in what sets them apart from the usual map, whatever the image.
+
+    The mean product of the deviations of two different maps from the usual one, relative to their
+    mean square: 1 if all maps are one and the same, about 0 if each is unusual in its own way.
+
+    Args:
+        total: the sum of the maps `[h, w]`, each with sum 1.
+        squares: the sum of their squares over maps and cells.
+        count: how many they are, at least 2.
+        usual: the map `[h, w]` that other classes have.
+
+    Returns:
+        NaN if all maps are the usual one.
+    """
+    spread = squares - 2 * float((usual * total).sum()) + count * float((usual**2).sum())
+    if spread <= 1e-12 * squares:
+        return float("nan")
+    products = float(((total - count * usual) ** 2).sum()) - spread
+    return products / (count - 1) / spread

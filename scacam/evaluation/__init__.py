@@ -1,0 +1,1 @@
+"""How well heatmaps localize, measured against the truth."""

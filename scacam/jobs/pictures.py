@@ -1,0 +1,135 @@
+"""Draw each photo of a run with its top classes and its heatmaps: one PNG per photo.
+
+    python jobs/pictures.py --run out/                  # out/pictures/NAME.png
+
+Reads the run's Parquet and the photos; needs neither the networks nor Ray.
+"""
+
+import argparse
+import io
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pyarrow.compute as pc
+from PIL import Image
+
+from scacam.drawing import Cell, Panel, fit, grey, sheet
+from scacam.errors import RunError, ScacamError
+from scacam.runs.results import Run, open_run
+from scacam.storage import join, locate
+
+logger = logging.getLogger("scacam")
+
+_AT_ONCE = 64
+_SIZE = 320, 240
+_CLASSES = 5
+_NAME_LENGTH = 60
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--run", required=True, help="the output of an explain job")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N photos")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job; 0 when it completed."""
+    options = parse(arguments)
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logger.setLevel(logging.INFO)
+    try:
+        run = open_run(options.run)
+        folder = join(options.run, "pictures")
+        count = draw(run, folder, options.limit)
+    except ScacamError as error:
+        print(f"pictures: {error}", file=sys.stderr)
+        return 2
+    print(f"{count:,} pictures: {folder}")
+    return 0
+
+
+def draw(run: Run, folder: str, limit: int | None = None) -> int:
+    """Write the pictures of the first images into a folder, and return how many."""
+    if limit is not None and limit < 1:
+        raise RunError(f"--limit must be at least 1, not {limit}")
+    filesystem, path = locate(folder)
+    filesystem.create_dir(path, recursive=True)
+    taken: set[str] = set()
+    for count, (image_id, rows) in enumerate(images(run)):
+        if count == limit:
+            return count
+        name = stem(next(iter(rows.values()))[0]["uri"])
+        if name in taken:
+            name = f"{name}_{image_id}"
+        taken.add(name)
+        buffer = io.BytesIO()
+        picture(run, rows).save(buffer, "PNG")
+        with filesystem.open_output_stream(join(path, f"{name}.png")) as file:
+            file.write(buffer.getvalue())
+        if count and count % 100 == 0:
+            logger.info("%d pictures", count)
+    return len(taken)
+
+
+def images(run: Run) -> Iterator[tuple[int, dict[str, list[dict[str, Any]]]]]:
+    """Each image of the run with its explanations by network, a few images in memory at a time."""
+    ids = run.manifest["image_id"]
+    for start in range(0, len(ids), _AT_ONCE):
+        these = ids.slice(start, _AT_ONCE)
+        where = pc.field("image_id").isin(these.combine_chunks())
+        found: dict[int, dict[str, list[dict[str, Any]]]] = {}
+        for network in run.networks:
+            for row in run.explanations(network, where=where).to_table().to_pylist():
+                found.setdefault(row["image_id"], {}).setdefault(network, []).append(row)
+        yield from sorted(found.items())
+
+
+def picture(run: Run, rows: dict[str, list[dict[str, Any]]]) -> Image.Image:
+    """One photo, its top classes, and the heatmaps of its top class by every method."""
+    first = next(iter(rows.values()))[0]
+    photo = fit(run.photo(first) or grey(first["width"], first["height"]), *_SIZE)
+    panels = [
+        Panel(
+            network,
+            top_classes(explanations),
+            label_note(explanations),
+            [
+                Cell(run.overlay(row, photo), row["method"])
+                for row in explanations
+                if row["rank"] == 1
+            ],
+        )
+        for network, explanations in rows.items()
+    ]
+    return sheet(Cell(photo, stem(first["uri"])), panels)
+
+
+def top_classes(explanations: Sequence[dict[str, Any]]) -> list[tuple[str, float]]:
+    """Names and probabilities of the five most probable classes that were explained."""
+    ranked = {row["rank"]: row for row in explanations if row["rank"]}
+    return [(ranked[rank]["class_name"], ranked[rank]["probability"]) for rank in sorted(ranked)][
+        :_CLASSES
+    ]
+
+
+def label_note(explanations: Sequence[dict[str, Any]]) -> str:
+    """The label of an image, by name where its class was explained; nothing if it has none."""
+    label = explanations[0]["label"]
+    if label is None:
+        return ""
+    names = {row["class_id"]: row["class_name"] for row in explanations}
+    return f"label: {names.get(label, f'class {label}')}"
+
+
+def stem(uri: str) -> str:
+    """The name of an image without its folder and its ending, short enough for a file name."""
+    name = uri.rpartition("::")[2].rstrip("/").rpartition("/")[2]
+    return (name.rpartition(".")[0] or name)[:_NAME_LENGTH] or "image"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,366 @@
+"""What lies between the features and the logits: the head, found by watching one forward pass.
+
+The target layer is the one whose output the classifier pools: the last with a spatial output. The
+autograd graph from that output to the logits then says, operation by operation, what the head is.
+The usual heads have a gradient in closed form, so that explaining a class costs no backward pass;
+every other head is differentiated by autograd.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from scacam.errors import NetworkError
+from scacam.methods.gradients import Gradients, MaskedGradients, weigh
+
+__all__ = ["Anatomy", "Head", "TargetLayer", "capture", "examine"]
+
+# Their output is their input, or is pooled already: never the features.
+_NOT_FEATURES = (
+    nn.Identity,
+    nn.Flatten,
+    nn.modules.dropout._DropoutNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._AdaptiveAvgPoolNd,
+    nn.modules.pooling._AdaptiveMaxPoolNd,
+)
+
+# Operations of the autograd graph, without their suffix `Backward0`.
+_SHAPING = {
+    "Clone", "View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "AsStrided",
+    "Permute", "Transpose",
+}  # fmt: skip
+_POOLING = {"Mean", "AvgPool2D"}
+_LINEAR = {"Addmm", "Mm", "Linear", "Convolution", "MkldnnConvolution"}
+_OTHERS = {
+    "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "AdaptiveMaxPool2D", "MaxPool2DWithIndices",
+    "Relu", "LeakyRelu", "Elu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Tanh", "Sigmoid", "Mul",
+    "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "Pow", "Clamp",
+}  # fmt: skip
+_SINGLE_PATH = _SHAPING | _POOLING | _LINEAR | _OTHERS
+
+
+class TargetLayer(NamedTuple):
+    """A layer's output.
+
+    Attributes:
+        name: of the layer.
+        call: which of its calls in one forward pass is meant; the first is 0.
+        channels_last: whether it gives `[B, h, w, C]`, as the layers of a Swin transformer do.
+    """
+
+    name: str
+    call: int = 0
+    channels_last: bool = False
+
+
+@dataclass
+class Capture:
+    """The target layer's output `[B, C, h, w]`, safe from what runs after it."""
+
+    features: Tensor | None = None
+
+    def of(self, target: TargetLayer) -> Tensor:
+        """The features; raises NetworkError if the target layer did not run."""
+        if self.features is None:
+            raise NetworkError(f"layer {target.name!r} did not run in the forward pass")
+        return self.features
+
+
+@contextmanager
+def capture(module: nn.Module, target: TargetLayer, *, differentiable: bool) -> Iterator[Capture]:
+    """Capture the target layer's output in the forward pass run inside this context.
+
+    With `differentiable`, the features become the leaf from which the graph of the head starts:
+    run the module under `torch.no_grad()`, which is lifted once the features are there. The hook
+    is removed on exit, also after an exception.
+    """
+    captured = Capture()
+    calls = 0
+
+    def hook(_layer: nn.Module, _inputs: object, output: object) -> Tensor | None:
+        nonlocal calls
+        calls += 1
+        if calls != target.call + 1:
+            return None
+        if not isinstance(output, Tensor) or output.ndim != 4:
+            raise NetworkError(
+                f"layer {target.name!r} gives {_described(output)}, not a spatial map "
+                "[batch, channels, h, w]; name another target layer"
+            )
+        features = output.detach()
+        if target.channels_last:
+            features = features.permute(0, 3, 1, 2)
+        captured.features = features
+        if differentiable:
+            torch.set_grad_enabled(True)
+            features.requires_grad_()
+        # What runs next may work in place: it gets a copy.
+        copy = features.clone()
+        return copy.permute(0, 2, 3, 1) if target.channels_last else copy
+
+    handle = module.get_submodule(target.name).register_forward_hook(hook)
+    try:
+        yield captured
+    finally:
+        handle.remove()
+
+
+def _find_target_layer(module: nn.Module, images: Tensor, name: str | None) -> TargetLayer:
+    """The named layer, else the last one with a spatial output before the classifier."""
+    calls: list[tuple[str, nn.Module, tuple[int, ...]]] = []
+
+    def recorder(layer_name: str):  # type: ignore[no-untyped-def]
+        def hook(layer: nn.Module, _inputs: object, output: object) -> None:
+            calls.append((layer_name, layer, tuple(getattr(output, "shape", ()))))
+
+        return hook
+
+    layers = {layer_name: layer for layer_name, layer in module.named_modules() if layer_name}
+    if name is not None and name not in layers:
+        raise NetworkError(f"the network has no layer {name!r}; it has {_shortened(layers)}")
+    handles = [layer.register_forward_hook(recorder(key)) for key, layer in layers.items()]
+    try:
+        with torch.no_grad():
+            logits = module(images)
+    except Exception as error:  # the user's code may raise anything
+        raise NetworkError(
+            f"it does not run on images of shape {list(images.shape)}: {error}"
+        ) from error
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not isinstance(logits, Tensor) or logits.ndim != 2:
+        raise NetworkError(
+            f"the network returns {_described(logits)}, not logits [batch, classes]; "
+            "wrap it in a module that returns its logits"
+        )
+    if name is None:
+        name = _last_spatial(calls, images.shape, classes=logits.shape[1])
+    shapes = [shape for other, _, shape in calls if other == name]
+    if not shapes:
+        raise NetworkError(f"layer {name!r} did not run in the forward pass; name another")
+    return TargetLayer(name, len(shapes) - 1, _is_channels_last(shapes[-1], images.shape))
+
+
+def _is_channels_last(shape: tuple[int, ...], images: Sequence[int]) -> bool:
+    """Whether a map has the aspect of the images as `[B, h, w, C]` rather than `[B, C, h, w]`."""
+    if len(shape) != 4:
+        return False
+    _, first, second, third = shape
+    aspect = math.log(images[2] / images[3])
+    return abs(math.log(first / second) - aspect) < abs(math.log(second / third) - aspect)
+
+
+def _last_spatial(
+    calls: list[tuple[str, nn.Module, tuple[int, ...]]], images: Sequence[int], classes: int
+) -> str:
+    found = None
+    spatial = None
+    for name, layer, shape in calls:
+        if isinstance(layer, nn.Linear | nn.Conv2d) and shape[1:2] == (classes,):
+            found = spatial  # the classifier, unless another one follows
+        if len(shape) != 4 or shape[0] != images[0] or isinstance(layer, _NOT_FEATURES):
+            continue
+        cells = shape[1:3] if _is_channels_last(shape, images) else shape[2:]
+        if cells != (1, 1):
+            spatial = name
+    if found is None:
+        raise NetworkError(
+            "the network has no layer with a spatial output [batch, channels, h, w] before a "
+            "linear or convolutional classifier; name a target layer"
+        )
+    return found
+
+
+Kind = Literal["pooled", "rectified", "scores", "general"]
+
+# By what happens between features and logits: pooling, linear layer, ReLU.
+_KINDS: dict[str, Kind] = {"pl": "pooled", "lp": "pooled", "rpl": "rectified", "lrp": "scores"}
+
+
+@dataclass(frozen=True)
+class Head:
+    """How the logits come from the features.
+
+    Attributes:
+        kind: `pooled` (global average pooling, then linear), `rectified` (a ReLU before that
+            pooling, as in DenseNet), `scores` (a 1 × 1 convolution to one score map per class,
+            ReLU, pooling, as in SqueezeNet), or `general`.
+        classifier: name of the layer whose weights are class weights on pooled features; None for
+            a general head.
+    """
+
+    kind: Kind
+    classifier: str | None
+
+    def class_weights(self, module: nn.Module) -> Tensor | None:
+        """Weights `[classes, C]` from pooled channels to logits, or None."""
+        if self.classifier is None:
+            return None
+        weight = module.get_submodule(self.classifier).weight
+        assert isinstance(weight, Tensor)
+        return weight.detach().flatten(1)
+
+    def gradients(
+        self, module: nn.Module, features: Tensor, logits: Tensor, class_ids: Tensor
+    ) -> Gradients:
+        """Gradients of the logits of some classes with respect to the features (Equation 4).
+
+        Args:
+            module: the network.
+            features: `[B, C, h, w]`; for a general head, the leaf that the logits come from.
+            logits: `[B, classes]`.
+            class_ids: `[B, K]`.
+
+        Returns:
+            What `scacam.methods` take, in the most compact form.
+        """
+        class_weights = self.class_weights(module)
+        if class_weights is None:
+            return _differentiate(logits, features, class_ids)
+        weights = class_weights[class_ids].to(features.dtype)
+        per_cell = (weights / (features.shape[2] * features.shape[3]))[..., None, None]
+        if self.kind == "rectified":
+            return MaskedGradients(per_cell, (features > 0).to(features.dtype)[:, None])
+        if self.kind == "scores":
+            assert self.classifier is not None
+            scores = weigh(weights, features)
+            bias = module.get_submodule(self.classifier).bias
+            if isinstance(bias, Tensor):
+                scores = scores + bias.detach()[class_ids][..., None, None]
+            return MaskedGradients(per_cell, (scores > 0).to(features.dtype)[:, :, None])
+        return per_cell
+
+
+def _differentiate(logits: Tensor, features: Tensor, class_ids: Tensor) -> Tensor:
+    """One backward pass through the head for all explained classes of the whole batch."""
+    with torch.enable_grad():
+        chosen = logits.gather(1, class_ids).sum(0)
+    each = torch.eye(len(chosen)).to(chosen)
+    try:
+        (gradients,) = torch.autograd.grad(
+            chosen, features, each, retain_graph=True, is_grads_batched=True
+        )
+    except RuntimeError:  # an operation that is not made for this, or too little memory for it
+        one_by_one = [
+            torch.autograd.grad(chosen, features, one, retain_graph=True)[0] for one in each
+        ]
+        gradients = torch.stack(one_by_one)
+    return gradients.transpose(0, 1)
+
+
+class Anatomy(NamedTuple):
+    """What a look inside a network found.
+
+    Attributes:
+        target_layer: the layer whose output is explained.
+        head: what lies between that output and the logits.
+        straight: whether a single path of pooling, linear and pointwise operations leads from
+            there to the logits, so that it is what the classifier pools.
+        feature_shape: channels, height and width of that output.
+        num_classes: how many logits there are.
+    """
+
+    target_layer: TargetLayer
+    head: Head
+    straight: bool
+    feature_shape: tuple[int, int, int]
+    num_classes: int
+
+
+def examine(module: nn.Module, images: Tensor, target_layer: str | None = None) -> Anatomy:
+    """Find the target layer and what the head does: by its autograd graph, checked numerically.
+
+    Args:
+        module: a network that returns logits `[B, classes]`. It comes back as it was.
+        images: a batch of random values `[B, channels, H, W]`.
+        target_layer: a layer of the module; its last call is taken. Left out, it is the last layer
+            with a spatial output before the classifier, pooling layers aside.
+
+    Raises:
+        NetworkError: there is no such layer, the logits do not depend on it, or the module does
+            not return logits.
+    """
+    target = _find_target_layer(module, images, target_layer)
+    with _frozen(module):
+        with torch.no_grad(), capture(module, target, differentiable=True) as captured:
+            logits = module(images)
+        features = captured.of(target)
+        operations = _operations(logits, target)
+        head = Head("general", None)
+        class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
+        for candidate in _candidates(module, operations, features.shape[1], logits.shape[1]):
+            expected = _differentiate(logits, features, class_ids)
+            with torch.no_grad():
+                found = candidate.gradients(module, features, logits, class_ids)
+            actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
+            if (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
+                head = candidate
+                break
+    channels, height, width = features.shape[1:]
+    return Anatomy(target, head, bool(operations), (channels, height, width), logits.shape[1])
+
+
+def _operations(logits: Tensor, target: TargetLayer) -> list[str]:
+    node = logits.grad_fn
+    if node is None:
+        raise NetworkError(f"the logits do not depend on layer {target.name!r}; name another")
+    operations: list[str] = []
+    while node is not None and node.name() != "torch::autograd::AccumulateGrad":
+        operation = node.name().split("Backward")[0].rstrip("0123456789")
+        parents = [parent for parent, _ in node.next_functions if parent is not None]
+        if len(parents) != 1 or operation not in _SINGLE_PATH:
+            return []
+        operations.append(operation)
+        node = parents[0]
+    return operations[::-1]
+
+
+def _candidates(
+    module: nn.Module, operations: list[str], channels: int, classes: int
+) -> list[Head]:
+    """What the head may be by its operations, with each layer that may classify by its shape."""
+    steps = "".join(
+        "p" if step in _POOLING else "l" if step in _LINEAR else "r" if step == "Relu" else "?"
+        for step in operations
+        if step not in _SHAPING
+    )
+    kind = _KINDS.get(steps)
+    if kind is None:
+        return []
+    return [
+        Head(kind, name)
+        for name, layer in module.named_modules()
+        if isinstance(layer, nn.Linear | nn.Conv2d)
+        and layer.weight.shape in ((classes, channels), (classes, channels, 1, 1))
+    ]
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter requires a gradient inside this context; after it, those that did do again."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_()
+
+
+def _described(output: object) -> str:
+    if isinstance(output, Tensor):
+        return f"a tensor of shape {list(output.shape)}"
+    return f"a {type(output).__name__}"
+
+
+def _shortened(names: dict[str, nn.Module]) -> str:
+    shallow = [name for name in names if name.count(".") < 2]
+    return ", ".join(shallow[-12:])

@@ -1,0 +1,1 @@
+"""The stages of the explain job, and what else runs on Ray."""

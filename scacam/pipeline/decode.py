@@ -1,0 +1,127 @@
+"""The first stage: reads and decodes each image once, resamples it once per distinct sampling."""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from scacam.errors import ImageError
+from scacam.images import Preprocessing, ViewName, see
+from scacam.inputs.containers import read_image
+from scacam.pipeline.rows import Failure, set_failures, taken_up
+from scacam.storage import PATIENCE_S, is_transient, read_ahead
+
+__all__ = ["Decode"]
+
+
+@dataclass(frozen=True)
+class Decode:
+    """Adds to rows of the manifest what the networks need to see.
+
+    These are `width`, `height`, the failure columns and, for sampling i, `pixels i` (uint8 tensors
+    `[height, width, channels]`, zero where the image failed) and `view i`.
+    """
+
+    samplings: Sequence[Preprocessing]
+    view: ViewName
+    tally: Any
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Decode one block."""
+        if not len(batch):
+            return batch
+        with taken_up(self.tally, "decode", batch) as attempts:
+            return self._decoded(batch, _isolated if attempts else _here)
+
+    def _decoded(self, batch: pa.Table, place: "Callable[..., Any]") -> pa.Table:
+        count = len(batch)
+        sizes = np.zeros((count, 2), dtype=np.int32)
+        views = [np.zeros((count, 4), dtype=np.float32) for _ in self.samplings]
+        samples = [
+            np.zeros((count, *sampling.crop_size, sampling.channels), dtype=np.uint8)
+            for sampling in self.samplings
+        ]
+        failures: dict[int, Failure] = {}
+        reader = _Reader()
+        where = zip(*(batch[name].to_pylist() for name in ("uri", "offset", "size")), strict=True)
+        with place() as run:
+            for row, content in enumerate(read_ahead(lambda one: reader.read(*one), where)):
+                if isinstance(content, ImageError):
+                    failures[row] = Failure("read", content.kind, str(content))
+                    continue
+                try:
+                    sizes[row], seen = run(see, content, self.samplings, self.view)
+                except ImageError as error:
+                    failures[row] = Failure("decode", error.kind, str(error))
+                    continue
+                for index, (view, sample) in enumerate(seen):
+                    views[index][row] = view
+                    samples[index][row] = sample
+        columns: dict[str, Any] = {name: batch[name] for name in batch.column_names}
+        columns |= {"width": sizes[:, 0], "height": sizes[:, 1]}
+        for index, (view, sample) in enumerate(zip(views, samples, strict=True)):
+            columns[f"view {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(view)
+            columns[f"pixels {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(sample)
+        return set_failures(pa.table(columns), failures)
+
+
+@contextmanager
+def _here() -> Iterator[Callable[..., Any]]:
+    """Run functions in this process."""
+    yield lambda function, *arguments: function(*arguments)
+
+
+@contextmanager
+def _isolated() -> Iterator[Callable[..., Any]]:
+    """Run functions in a process of their own, since an image may have killed the last one.
+
+    Raises ImageError in place of dying.
+    """
+    child = [ProcessPoolExecutor(1, get_context("spawn"))]
+
+    def run(function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return child[0].submit(function, *arguments).result()
+        except BrokenProcessPool as error:
+            child[0] = ProcessPoolExecutor(1, get_context("spawn"))
+            raise ImageError("crashed", "decoding it killed the process") from error
+
+    try:
+        yield run
+    finally:
+        child[0].shutdown()
+
+
+class _Reader:
+    """Reads images; its patience with a store that fails is shared by all reads of a block."""
+
+    def __init__(self) -> None:
+        self.deadline: float | None = None
+
+    def read(self, uri: str, offset: int | None, size: int | None) -> bytes | ImageError:
+        """The bytes of an image, or why they cannot be had."""
+        wait = 0.5
+        while True:
+            try:
+                content = read_image(uri, offset, size)
+            except FileNotFoundError:
+                return ImageError("missing", "there is no such file")
+            except PermissionError as error:
+                return ImageError("forbidden", str(error))
+            except (OSError, ValueError) as error:
+                now = time.monotonic()
+                self.deadline = self.deadline or now + PATIENCE_S
+                if not is_transient(error) or now + wait > self.deadline:
+                    return ImageError("unreadable", str(error))
+                time.sleep(wait)
+                wait = min(2 * wait, 10.0)
+            else:
+                self.deadline = None
+                return content

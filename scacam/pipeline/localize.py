@@ -1,0 +1,57 @@
+"""The stage after the networks: the peak and the box of every heatmap, on CPU workers."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from scacam.localization import localize
+from scacam.pipeline.rows import explanations_column, list_column, taken_up
+from scacam.tables import EXPLANATION, unpack_heatmaps
+
+__all__ = ["Localize"]
+
+_LOCATION = EXPLANATION.names[-6:]
+
+
+@dataclass(frozen=True)
+class Localize:
+    """Fills in `peak_x` to `box_y1` of all explanations."""
+
+    input_sizes: dict[str, tuple[int, int]]
+    """Height and width of the input, by network."""
+    rectified: Collection[str]
+    """The methods that apply a ReLU before they localize."""
+    tally: Any
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Fill in the locations of one block."""
+        if not len(batch):
+            return batch
+        with taken_up(self.tally, "localize", batch):
+            for network, input_size in self.input_sizes.items():
+                name = explanations_column(network)
+                lists = batch[name].combine_chunks()
+                if not len(lists.values):
+                    continue
+                rows = pa.Table.from_struct_array(lists.flatten())
+                rows = _located(rows, input_size, self.rectified)
+                structs = rows.cast(EXPLANATION).to_struct_array().chunks
+                column = list_column(structs, lists.value_lengths().to_numpy())
+                batch = batch.set_column(batch.schema.get_field_index(name), name, column)
+            return batch
+
+
+def _located(rows: pa.Table, input_size: tuple[int, int], rectified: Collection[str]) -> pa.Table:
+    shape = (rows["map_height"][0].as_py(), rows["map_width"][0].as_py())
+    packed = rows["heatmap"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
+    heatmaps = unpack_heatmaps(packed, rows["scale"].to_numpy())
+    relu = np.array([name in rectified for name in rows["method"].to_pylist()])
+    views = np.stack([rows[name].to_numpy() for name in EXPLANATION.names[:4]], axis=1)
+    peaks, boxes = localize(heatmaps, relu, views, input_size)
+    for name, values in zip(_LOCATION, np.concatenate([peaks, boxes], axis=1).T, strict=True):
+        column = pa.array(values, pa.float32(), mask=np.isnan(values))
+        rows = rows.set_column(rows.schema.get_field_index(name), name, column)
+    return rows

@@ -1,0 +1,96 @@
+"""The end of the stream: images unfold into shards of explanations, failures into errors."""
+
+import time
+from collections import Counter
+from collections.abc import Iterable
+from functools import partial
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet
+import ray
+from pyarrow import fs
+from ray.data.block import Block, BlockAccessor
+from ray.data.datasource import BlockBasedFileDatasink
+
+from scacam.errors import RunError
+from scacam.pipeline.rows import explanations_column
+from scacam.storage import join, locate, patiently
+from scacam.tables import ERRORS, explanations
+
+__all__ = ["ShardSink"]
+
+_ENOUGH_TO_JUDGE = 100
+
+
+class ShardSink(BlockBasedFileDatasink):
+    """Writes one shard per task and network, and one of errors if there are any.
+
+    Every file is named after its task: a task that runs again overwrites its own files, and Ray
+    Data's checkpoint finds the files of a task that was cut off.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        map_shapes: dict[str, tuple[int, int]],
+        tally: Any,
+        max_error_rate: float,
+    ) -> None:
+        """Write below an output.
+
+        Args:
+            output: the run's folder or prefix.
+            map_shapes: height and width of the heatmaps, by network.
+            tally: the `progress.Tally` actor.
+            max_error_rate: the share of errors among the images so far above which to give up.
+        """
+        filesystem, path = locate(output)
+        super().__init__(path, filesystem=filesystem, file_format="parquet")
+        self.map_shapes = map_shapes
+        self.tally = tally
+        self.max_error_rate = max_error_rate
+
+    def write(self, blocks: Iterable[Block], ctx: Any) -> None:
+        """Write the blocks of one task.
+
+        Raises:
+            RunError: too many of the images so far are errors.
+        """
+        tables = [BlockAccessor.for_block(block).to_arrow() for block in blocks]
+        tables = [table for table in tables if len(table)]
+        if not tables:
+            return
+        began = time.monotonic()  # not before: blocks are localized as they are taken
+        images = pa.concat_tables(tables)
+        name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
+        failed = images.filter(pc.is_valid(images["error"]))
+        explained = images.filter(pc.is_null(images["error"]))
+        errors = failed.select(ERRORS.names).cast(ERRORS)
+        patiently(partial(self._write_shard, "errors", name, errors))
+        for network, shape in self.map_shapes.items():
+            lists = explained[explanations_column(network)].combine_chunks()
+            rows = explanations(explained, lists, shape) if len(explained) else explained
+            patiently(partial(self._write_shard, f"explanations/network={network}", name, rows))
+        self.tally.spend.remote("write", time.monotonic() - began)
+        kinds = Counter(failed["error"].to_pylist())
+        counts = ray.get(self.tally.write.remote(len(images), kinds))
+        rate = counts.errors.total() / counts.written
+        if counts.written >= _ENOUGH_TO_JUDGE and rate > self.max_error_rate:
+            raise RunError(
+                f"{counts.errors.total():,} of the first {counts.written:,} images failed, more "
+                f"than --max-error-rate {self.max_error_rate:g} allows: "
+                + ", ".join(f"{count:,} {kind}" for kind, count in counts.errors.most_common())
+            )
+
+    def _write_shard(self, folder: str, name: str, rows: pa.Table) -> None:
+        path = join(self.path, folder, name)
+        if len(rows):
+            self.filesystem.create_dir(join(self.path, folder), recursive=True)
+            with self.open_output_stream(path) as file:
+                # A dictionary of heatmaps, which hardly repeat, would only keep zstd from its work.
+                plain = [column for column in rows.column_names if column != "heatmap"]
+                pyarrow.parquet.write_table(rows, file, compression="zstd", use_dictionary=plain)
+        elif self.filesystem.get_file_info(path).type == fs.FileType.File:
+            self.filesystem.delete_file(path)  # an earlier attempt of this task had such rows

@@ -1,0 +1,114 @@
+"""The page about two runs: which predictions changed, and whose attention moved."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from scacam.audit.likeness import Ranking
+from scacam.report.gallery import Gallery
+from scacam.report.html import Picture, render
+from scacam.runs.results import Run
+
+__all__ = ["Summary"]
+
+_LISTED, _SHOWN, _CLASSES, _MIN_IMAGES = 24, 8, 15, 5
+_LIKENESS = ("moved", "rank_correlation", "box_iou")
+
+
+@dataclass
+class _Row:
+    """One pair of networks and one method."""
+
+    images: int = 0
+    changed: int = 0
+    outcomes: np.ndarray = field(default_factory=lambda: np.zeros((2, 2), dtype=np.int64))
+    sums: np.ndarray = field(default_factory=lambda: np.zeros(3))
+    known: np.ndarray = field(default_factory=lambda: np.zeros(3))
+
+    @property
+    def means(self) -> list[float]:
+        """Of moved, rank correlation and overlap of boxes."""
+        with np.errstate(invalid="ignore"):
+            return (self.sums / self.known).tolist()
+
+
+class Summary:
+    """Adds up a comparison, table by table, and draws its page."""
+
+    def __init__(self, first: Run, second: Run) -> None:
+        self.runs = first, second
+        methods = [name for name in first.methods if name in second.methods]
+        self.method = "sca_cam" if "sca_cam" in methods else methods[0]
+        self.rows: dict[tuple[str, str, str], _Row] = {}
+        self.classes: dict[tuple[str, str], np.ndarray] = {}
+        self.changed, self.moved = Ranking(_LISTED), Ranking(_LISTED)
+
+    def add(self, table: pa.Table) -> None:
+        """Add images of one pair of networks and one method, with the columns of `COMPARISON`."""
+        if not len(table):
+            return
+        key = tuple(table[name][0].as_py() for name in ("network_a", "network_b", "method"))
+        row = self.rows.setdefault(key, _Row())
+        changed = table["changed"].to_numpy()
+        alike = np.stack([table[name].to_numpy() for name in _LIKENESS]).astype(np.float64)
+        row.images += len(table)
+        row.changed += int(changed.sum())
+        row.sums += np.nansum(alike, 1)
+        row.known += np.isfinite(alike).sum(1)
+        labels = table["label"].to_numpy()
+        labelled = np.isfinite(labels)
+        right = [(table[f"class_id_{run}"].to_numpy() == labels)[labelled] for run in "ab"]
+        np.add.at(row.outcomes, (right[0].astype(int), right[1].astype(int)), 1)
+        if key[2] == self.method:
+            self._rank(table, changed, alike[0])
+
+    def _rank(self, table: pa.Table, changed: np.ndarray, moved: np.ndarray) -> None:
+        confidence = np.minimum(*(table[f"probability_{run}"].to_numpy() for run in "ab"))
+        self.changed.add(np.where(changed, confidence, np.nan), table)
+        self.moved.add(np.where(changed, np.nan, moved), table)
+        names = zip(table["network_a"].to_pylist(), table["class_name_a"].to_pylist(), strict=True)
+        for name, same, value in zip(names, ~changed, moved.tolist(), strict=True):
+            sums = self.classes.setdefault(name, np.zeros(3))
+            sums += (1, same, value if value == value else 0)
+
+    def page(self) -> str:
+        """The page, as HTML."""
+        galleries = [Gallery(run) for run in self.runs]
+        shown = self.changed.entries[:_SHOWN], self.moved.entries[:_SHOWN]
+        for entry in [*shown[0], *shown[1]]:
+            for gallery, run in zip(galleries, "ab", strict=True):
+                gallery.want(entry[f"network_{run}"], [entry[f"image_id_{run}"]])
+        for gallery in galleries:
+            gallery.load()
+        classes = [
+            (network, name, int(count), same / count, moved / count)
+            for (network, name), (count, same, moved) in self.classes.items()
+            if count >= _MIN_IMAGES
+        ]
+        return render(
+            "comparison.html",
+            {
+                "runs": self.runs,
+                "method": self.method,
+                "rows": self.rows,
+                "classes": sorted(classes, key=lambda entry: -entry[4])[:_CLASSES],
+                "min_images": _MIN_IMAGES,
+                "changed": [self._pair(galleries, entry) for entry in shown[0]],
+                "moved": [self._pair(galleries, entry) for entry in shown[1]],
+                "changed_entries": self.changed.entries,
+                "moved_entries": self.moved.entries,
+            },
+        )
+
+    def _pair(self, galleries: list[Gallery], entry: dict[str, Any]) -> list[Picture]:
+        """One image as both runs see it."""
+        pictures = []
+        for gallery, run in zip(galleries, "ab", strict=True):
+            row = gallery.top(entry[f"network_{run}"], entry[f"image_id_{run}"], self.method)
+            lines = [f"{run.upper()}: {gallery.title(row)}", gallery.truth(row)]
+            if not entry["changed"]:
+                lines.append(f"moved {entry['moved']:.0%}")
+            pictures.append(gallery.overlay(row, lines))
+        return pictures

@@ -1,0 +1,115 @@
+"""The few explanations of a run that a page shows, and their pictures."""
+
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from PIL import Image
+
+from scacam.audit.attention import Objects
+from scacam.drawing import TRUTH, draw_box, fit, grey
+from scacam.report.html import Picture, encoded
+from scacam.runs.results import Row, Run
+
+__all__ = ["Gallery", "share"]
+
+_SIZE = 260
+
+
+class Gallery:
+    """Collects which images are wanted, reads their explanations in one go, and draws them.
+
+    Attributes:
+        missing: uris of photos that could not be read.
+    """
+
+    def __init__(self, run: Run, objects: Objects | None = None) -> None:
+        """Draw from a run; where the objects are known, draw their boxes as well."""
+        self.run, self.objects = run, objects
+        self.missing: set[str] = set()
+        self._wanted: dict[str, set[int]] = {name: set() for name in run.networks}
+        self._rows: dict[tuple[str, int], list[Row]] = {}
+        self._photos: dict[int, Image.Image] = {}
+        self._names: dict[tuple[str, int], str] = {}
+
+    def want(self, network: str, image_ids: Iterable[int]) -> None:
+        """Ask for all explanations of these images by a network."""
+        self._wanted[network].update(image_ids)
+
+    def load(self) -> None:
+        """Read what was asked for."""
+        for network, wanted in self._wanted.items():
+            these = pc.field("image_id").isin(pa.array(sorted(wanted), pa.int64()))
+            for batch in self.run.explanations(network, where=these).to_batches():
+                for row in batch.to_pylist():
+                    self._rows.setdefault((network, row["image_id"]), []).append(row)
+                    self._names[network, row["class_id"]] = row["class_name"]
+
+    def rows(self, network: str, image_id: int, method: str) -> list[Row]:
+        """The explanations of an image by a method: its classes by rank, the label last."""
+        rows = [row for row in self._rows.get((network, image_id), []) if row["method"] == method]
+        return sorted(rows, key=lambda row: row["rank"] or len(rows))
+
+    def tops(self, network: str, image_id: int, methods: Iterable[str]) -> list[Row]:
+        """The explanations of the top class of an image by several methods."""
+        rows = [row for method in methods for row in self.rows(network, image_id, method)]
+        return [row for row in rows if row["rank"] == 1]
+
+    def top(self, network: str, image_id: int, method: str) -> Row:
+        """The explanation of the top class of an image by one method."""
+        return self.tops(network, image_id, [method])[0]
+
+    def name(self, network: str, class_id: int) -> str:
+        """The name of a class, as far as the explanations read say it."""
+        return self._names.get((network, class_id), f"class {class_id}")
+
+    def title(self, row: Row) -> str:
+        """What the network said and how sure it was."""
+        return f"{row['class_name']} {share(row['probability'])}"
+
+    def truth(self, row: Row) -> str:
+        """Whether that is right; nothing without a label."""
+        if row["label"] is None:
+            return ""
+        if row["label"] == row["class_id"]:
+            return "✓ right"
+        return f"✗ label: {self.name(row['network'], row['label'])}"
+
+    def photo(self, row: Row, lines: Sequence[str] = ()) -> Picture:
+        """The photo alone."""
+        name = basename(row["uri"])
+        return encoded(self._photo(row), f"the photo {name}", [name, *lines])
+
+    def overlay(self, row: Row, lines: Sequence[str] = (), maximum: float | None = None) -> Picture:
+        """The heatmap of a row over its photo."""
+        alt = (
+            f"{row['method']} of {row['network']} for {row['class_name']} over "
+            f"{basename(row['uri'])}"
+        )
+        picture = self.run.overlay(row, self._photo(row), maximum)
+        if self.objects is not None:
+            scale = picture.width / row["width"], picture.height / row["height"]
+            for box in self.objects.of(row["image_id"]):
+                draw_box(picture, (box * np.tile(scale, 2)).tolist(), TRUTH, dashed=True)
+        return encoded(picture, alt, lines)
+
+    def _photo(self, row: Row) -> Image.Image:
+        image_id = row["image_id"]
+        if image_id not in self._photos:
+            photo = self.run.photo(row)
+            if photo is None:
+                self.missing.add(row["uri"])
+                photo = grey(row["width"], row["height"])
+            self._photos[image_id] = fit(photo, _SIZE, _SIZE)
+        return self._photos[image_id]
+
+
+def share(part: float) -> str:
+    """A share in words, so that a small one is not none."""
+    return f"{part:.0%}" if part == 0 or part >= 0.01 else f"{part:.1%}"
+
+
+def basename(uri: str) -> str:
+    """The last component of a uri."""
+    return uri.rstrip("/").rpartition("/")[2]

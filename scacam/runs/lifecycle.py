@@ -1,0 +1,103 @@
+"""The life of a run: begun, continued, its errors retried, completed."""
+
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet
+from pyarrow import fs
+
+from scacam.errors import RunError
+from scacam.pipeline.checkpoint import ID, checkpoint_path
+from scacam.runs.proof import Proof, explained_ids, shards_of
+from scacam.runs.record import differences, read_record, write_record
+from scacam.storage import join, locate
+
+__all__ = ["begin", "complete", "refuse_output", "retry_errors"]
+
+
+def refuse_output(output: str) -> None:
+    """Create the output if need be. Raises RunError if that cannot be done or it is foreign."""
+    try:
+        filesystem, path = locate(output)
+        filesystem.create_dir(path, recursive=True)
+        if read_record(output) is None:
+            for name in ("explanations", "errors"):
+                if filesystem.get_file_info(join(path, name)).type != fs.FileType.NotFound:
+                    raise RunError(
+                        f"output {output} has {name} but no run.json: it holds something else; "
+                        "choose another output"
+                    )
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot write to output {output}: {error}") from error
+
+
+def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, Any]:
+    """Begin a run, or continue the one that is there.
+
+    Args:
+        output: the run's folder or prefix.
+        record: what is wanted, as `run.json` will say it.
+        manifest: its images.
+
+    Returns:
+        The record of the run that is now under way, or complete already.
+
+    Raises:
+        RunError: the output holds another run; says in what it differs. Nothing is changed.
+    """
+    existing = read_record(output)
+    if existing is None:
+        _write_table(join(output, "manifest.parquet"), manifest)
+        write_record(output, {"status": "running", **record})
+        return {"status": "running", **record}
+    told = differences(existing, record)
+    if told:
+        raise RunError(
+            f"output {output} holds another run; choose another output. It differs in "
+            + "; ".join(told[:5])
+            + (f" and {len(told) - 5} more" if len(told) > 5 else "")
+        )
+    if existing["status"] == "retrying":
+        return _forget_errors(output, existing)
+    return existing
+
+
+def retry_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Make the failed images of a complete run undone again; the job then continues it.
+
+    Raises:
+        RunError: the run is not complete yet.
+    """
+    if record["status"] == "running":
+        raise RunError(f"the run in {output} is not complete; complete it without --retry-errors")
+    write_record(output, {**record, "status": "retrying"})
+    return _forget_errors(output, record)
+
+
+def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
+    """Can be killed anywhere and done again, as long as the record says `retrying`."""
+    filesystem, _ = locate(output)
+    done = explained_ids(output, record["networks"][0]["name"])
+    folder = checkpoint_path(output)
+    locate(folder)[0].create_dir(locate(folder)[1], recursive=True)
+    _write_table(join(folder, "explained.parquet"), pa.table({ID: done}))
+    for shard in shards_of(output, "errors"):
+        filesystem.delete_file(shard.path)
+    running = {**record, "status": "running"}
+    write_record(output, running)
+    return running
+
+
+def complete(output: str, record: dict[str, Any], proof: Proof) -> None:
+    """Write the index, mark the run complete, and only then forget the checkpoint."""
+    _write_table(join(output, "index.parquet"), proof.index)
+    write_record(output, record)
+    filesystem, path = locate(checkpoint_path(output))
+    if filesystem.get_file_info(path).type == fs.FileType.Directory:
+        filesystem.delete_dir(path)
+
+
+def _write_table(path: str, table: pa.Table) -> None:
+    filesystem, inner_path = locate(path)
+    with filesystem.open_output_stream(inner_path) as file:
+        pyarrow.parquet.write_table(table, file)
