@@ -11,6 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from scacam.errors import ImageError, NetworkError, RunError, ScacamError
+from scacam.version import __version__
 
 if TYPE_CHECKING:
     from scacam import methods
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from scacam.images import Preprocessing
     from scacam.networks import Network, load_network
     from scacam.runs.results import Run, open_run
-
-__version__ = "0.1.0"
 
 __all__ = [
     "Explainer",
@@ -31,6 +30,7 @@ __all__ = [
     "Run",
     "RunError",
     "ScacamError",
+    "__version__",
     "load_network",
     "methods",
     "open_run",

@@ -11,7 +11,7 @@ from scacam.errors import ScacamError
 from scacam.methods import METHODS
 from scacam.methods.gradients import Gradients
 from scacam.networks import Network
-from scacam.networks.head import capture
+from scacam.networks.target import capture
 
 __all__ = ["Explainer", "Explanation", "Observation", "observe"]
 

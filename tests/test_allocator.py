@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from scacam.pipeline.allocator import ENVIRONMENT
+from scacam.pipeline.cluster import ENVIRONMENT
 
 # As Ray does it with an actor: in a thread, with as much at once as a batch of features.
 PROGRAM = """
@@ -25,8 +25,8 @@ def run():
     return again()
 
 if sys.argv[1] == "main":
-    from scacam.pipeline import allocator
-    allocator.keep_freed_memory()
+    from scacam.pipeline import cluster
+    cluster.keep_freed_memory()
     print(run())
 else:
     with ThreadPoolExecutor(1) as threads:

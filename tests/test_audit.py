@@ -17,7 +17,7 @@ from scacam.audit.attention import (
     outside,
 )
 from scacam.audit.audit import Audit, audit
-from scacam.audit.likeness import top_maps
+from scacam.audit.maps import top_maps
 
 SIZE, MAPS = 48, 6
 NAMES = ["square", "disc", "cross", "marked"]

@@ -9,16 +9,9 @@ from scipy.stats import spearmanr
 
 import scacam
 from scacam import RunError
-from scacam.audit.likeness import (
-    COMPARISON,
-    Ranking,
-    box_iou,
-    compare_runs,
-    energy,
-    likeness,
-    standard_ranks,
-    top_maps,
-)
+from scacam.audit.compare import COMPARISON, compare_runs
+from scacam.audit.likeness import box_iou, energy, likeness, standard_ranks
+from scacam.audit.maps import Ranking, top_maps
 from scacam.jobs.compare import main
 
 NAMES = ["cat", "dog", "emu"]

@@ -20,7 +20,7 @@ from scacam import Explainer, Network, NetworkError, Preprocessing, ScacamError,
 from scacam.images import see
 from scacam.jobs.options import add_network_options, load_networks
 from scacam.methods import METHODS
-from scacam.networks.head import TargetLayer
+from scacam.networks.target import TargetLayer
 from scacam.storage.files import _filesystem
 
 torch.set_num_threads(1)  # more of them only wait for each other on networks this small

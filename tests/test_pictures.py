@@ -7,19 +7,9 @@ import pytest
 from made_runs import Images, Said, write_run
 from PIL import Image
 
-from scacam.drawing import (
-    FOUND,
-    TRUTH,
-    Cell,
-    Panel,
-    blend,
-    colours,
-    draw_box,
-    fit,
-    sheet,
-    shorten,
-)
+from scacam.drawing import FOUND, TRUTH, blend, colours, draw_box, fit
 from scacam.jobs.pictures import main, stem
+from scacam.report.sheet import Cell, Panel, sheet, shorten
 
 
 def _lightness(rgb: np.ndarray) -> np.ndarray:

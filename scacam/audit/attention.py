@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from scacam.audit.likeness import TopMaps
+from scacam.audit.maps import TopMaps
 
 __all__ = [
     "BORDER_AREA",

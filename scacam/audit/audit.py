@@ -20,15 +20,8 @@ from scacam.audit.attention import (
     fixed_place,
     outside,
 )
-from scacam.audit.likeness import (
-    Ranking,
-    TopMaps,
-    box_iou,
-    energy,
-    likeness,
-    standard_ranks,
-    top_maps,
-)
+from scacam.audit.likeness import box_iou, energy, likeness, standard_ranks
+from scacam.audit.maps import Ranking, TopMaps, top_maps
 from scacam.runs.results import Run
 
 __all__ = [

@@ -26,9 +26,9 @@ from scacam.inputs.manifest import read_manifest
 from scacam.jobs.options import add_network_options, load_networks, seconds_per_image
 from scacam.pipeline.cluster import TASK_CPUS, allot, rows_per_shard, start_ray
 from scacam.pipeline.decode import Decode
-from scacam.pipeline.device import settle
-from scacam.pipeline.progress import shown, start_tally
-from scacam.pipeline.rows import sampling_of, taken_up, tensors
+from scacam.pipeline.explain import settle
+from scacam.pipeline.progress import shown, start_tally, taken_up
+from scacam.pipeline.rows import sampling_of, tensors
 from scacam.runs.lock import locked
 from scacam.storage import join, locate
 

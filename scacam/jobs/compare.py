@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet
 
-from scacam.audit.likeness import COMPARISON, compare_runs
+from scacam.audit.compare import COMPARISON, compare_runs
 from scacam.errors import ScacamError
 from scacam.report.comparison import Summary
 from scacam.runs.results import open_run

@@ -15,7 +15,7 @@ import torch
 from scacam.errors import RunError
 from scacam.inputs.containers import read_image
 from scacam.networks import Network
-from scacam.pipeline.allocator import keep_freed_memory
+from scacam.pipeline.cluster import keep_freed_memory
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize

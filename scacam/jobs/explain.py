@@ -45,10 +45,10 @@ from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import sampling_of
 from scacam.pipeline.sink import ShardSink
+from scacam.runs.describe import describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output, retry_errors
 from scacam.runs.lock import locked
 from scacam.runs.proof import Proof, prove
-from scacam.runs.record import describe_network, describe_run
 from scacam.storage import join, locate
 
 logger = logging.getLogger("scacam")

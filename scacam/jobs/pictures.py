@@ -15,8 +15,9 @@ from typing import Any
 import pyarrow.compute as pc
 from PIL import Image
 
-from scacam.drawing import Cell, Panel, fit, grey, sheet
+from scacam.drawing import fit, grey
 from scacam.errors import RunError, ScacamError
+from scacam.report.sheet import Cell, Panel, sheet
 from scacam.runs.results import Run, open_run
 from scacam.storage import join, locate
 

@@ -12,17 +12,11 @@ from pyarrow import fs
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.checkpoint.checkpoint_filter import CheckpointManager
 
-from scacam.runs.proof import read_columns
+from scacam.runs.lifecycle import ID, checkpoint_path
 from scacam.storage import locate, read_ahead
+from scacam.storage.parquet import read_columns
 
-__all__ = ["ID", "checkpoint", "checkpoint_path"]
-
-ID = "image_id"
-
-
-def checkpoint_path(output: str) -> str:
-    """The folder of the checkpoint of a run."""
-    return output.rstrip("/") + ".checkpoint"
+__all__ = ["checkpoint"]
 
 
 def checkpoint(output: str) -> CheckpointConfig:

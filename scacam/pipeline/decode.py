@@ -15,7 +15,8 @@ import pyarrow as pa
 from scacam.errors import ImageError
 from scacam.images import Preprocessing, ViewName, see
 from scacam.inputs.containers import read_image
-from scacam.pipeline.rows import Failure, set_failures, taken_up
+from scacam.pipeline.progress import taken_up
+from scacam.pipeline.rows import Failure, set_failures
 from scacam.storage import PATIENCE_S, is_transient, read_ahead
 
 __all__ = ["Decode"]

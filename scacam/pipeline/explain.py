@@ -6,23 +6,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from scacam.pipeline.device import settle
-from scacam.pipeline.rows import (
-    Failure,
-    explanations_column,
-    list_column,
-    set_failures,
-    taken_up,
-    tensors,
-)
+from scacam.pipeline.progress import taken_up
+from scacam.pipeline.rows import Failure, explanations_column, list_column, set_failures, tensors
 from scacam.tables import EXPLANATION, pack_heatmaps
 
 if TYPE_CHECKING:
+    import torch
+
     from scacam.networks import Network
 
-__all__ = ["Explain"]
+__all__ = ["Explain", "settle"]
 
 _ATTEMPTS = 3
+_BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
+"""On one thread, torch leaves 1 × 1 convolutions to oneDNN from 16 images on: a third faster."""
 
 
 class Explain:
@@ -189,3 +186,24 @@ class Explain:
         }
         struct = pa.table(columns, schema=EXPLANATION).to_struct_array().combine_chunks()
         return struct, kept.sum(1) * len(methods)
+
+
+def settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, int]":
+    """Move a network to where this process runs it.
+
+    Args:
+        network: the network.
+        batch_size: how many images to run at once; None for what suits the device.
+
+    Returns:
+        The device, and how many images to run at once.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda")
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(1)  # there are as many actors as cores
+    network.module.to(device)
+    return device, batch_size or (_BATCH_ON_GPU if device.type == "cuda" else _BATCH_ON_CPU)

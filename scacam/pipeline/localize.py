@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from scacam.localization import localize
-from scacam.pipeline.rows import explanations_column, list_column, taken_up
+from scacam.pipeline.progress import taken_up
+from scacam.pipeline.rows import explanations_column, list_column
 from scacam.tables import EXPLANATION, unpack_heatmaps
 
 __all__ = ["Localize"]

@@ -12,10 +12,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["Counts", "shares", "shown", "start_tally"]
+__all__ = ["Counts", "shares", "shown", "start_tally", "taken_up"]
 
 _ON_TERMINAL_S = 0.5
 _IN_LOG_S = 15.0
@@ -142,3 +143,19 @@ def shares(counts: Counts, capacities: dict[str, int]) -> dict[str, float]:
         stage: counts.busy[stage] / (counts.wall * capacity) if counts.wall else 0.0
         for stage, capacity in capacities.items()
     }
+
+
+@contextmanager
+def taken_up(tally: Any, stage: str, batch: pa.Table) -> Iterator[int]:
+    """Tell the tally, if there is one, that a stage works on a block, and for how long.
+
+    Yields:
+        How often the block was taken up before, by processes that did not live to finish it.
+    """
+    if tally is None:
+        yield 0
+        return
+    began = time.monotonic()
+    block = batch["image_id"][0].as_py()
+    yield ray.get(tally.enter.remote(stage, block))
+    tally.spend.remote(stage, time.monotonic() - began)

@@ -6,15 +6,11 @@ network N lie in the column `explanations N`: for each image a list of structs a
 `scacam.tables.EXPLANATION`.
 """
 
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import ray
 
 from scacam.images import Preprocessing
 from scacam.tables import EXPLANATION
@@ -25,7 +21,6 @@ __all__ = [
     "list_column",
     "sampling_of",
     "set_failures",
-    "taken_up",
     "tensors",
 ]
 
@@ -74,19 +69,3 @@ def list_column(structs: list[pa.StructArray], lengths: np.ndarray) -> pa.ListAr
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
     values = pa.concat_arrays(structs) if structs else pa.array([], pa.struct(EXPLANATION))
     return pa.ListArray.from_arrays(offsets, values)
-
-
-@contextmanager
-def taken_up(tally: Any, stage: str, batch: pa.Table) -> Iterator[int]:
-    """Tell the tally, if there is one, that a stage works on a block, and for how long.
-
-    Yields:
-        How often the block was taken up before, by processes that did not live to finish it.
-    """
-    if tally is None:
-        yield 0
-        return
-    began = time.monotonic()
-    block = batch["image_id"][0].as_py()
-    yield ray.get(tally.enter.remote(stage, block))
-    tally.spend.remote(stage, time.monotonic() - began)

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from scacam.audit.likeness import Ranking
+from scacam.audit.maps import Ranking
 from scacam.report.gallery import Gallery
 from scacam.report.html import Picture, render
 from scacam.runs.results import Run

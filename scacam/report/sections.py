@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from scacam.audit.attention import Objects
-from scacam.audit.likeness import Ranking
+from scacam.audit.maps import Ranking
 from scacam.report.charts import lines
 from scacam.runs.results import Run
 

@@ -7,12 +7,19 @@ import pyarrow.parquet
 from pyarrow import fs
 
 from scacam.errors import RunError
-from scacam.pipeline.checkpoint import ID, checkpoint_path
 from scacam.runs.proof import Proof, explained_ids, shards_of
 from scacam.runs.record import differences, read_record, write_record
 from scacam.storage import join, locate
+from scacam.storage.parquet import write_table
 
-__all__ = ["begin", "complete", "refuse_output", "retry_errors"]
+__all__ = ["ID", "begin", "checkpoint_path", "complete", "refuse_output", "retry_errors"]
+
+ID = "image_id"
+
+
+def checkpoint_path(output: str) -> str:
+    """The folder of the checkpoint of a run."""
+    return output.rstrip("/") + ".checkpoint"
 
 
 def refuse_output(output: str) -> None:
@@ -47,7 +54,7 @@ def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, 
     """
     existing = read_record(output)
     if existing is None:
-        _write_table(join(output, "manifest.parquet"), manifest)
+        write_table(join(output, "manifest.parquet"), manifest)
         write_record(output, {"status": "running", **record})
         return {"status": "running", **record}
     told = differences(existing, record)
@@ -80,7 +87,7 @@ def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
     done = explained_ids(output, record["networks"][0]["name"])
     folder = checkpoint_path(output)
     locate(folder)[0].create_dir(locate(folder)[1], recursive=True)
-    _write_table(join(folder, "explained.parquet"), pa.table({ID: done}))
+    write_table(join(folder, "explained.parquet"), pa.table({ID: done}))
     for shard in shards_of(output, "errors"):
         filesystem.delete_file(shard.path)
     running = {**record, "status": "running"}
@@ -90,14 +97,8 @@ def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
 
 def complete(output: str, record: dict[str, Any], proof: Proof) -> None:
     """Write the index, mark the run complete, and only then forget the checkpoint."""
-    _write_table(join(output, "index.parquet"), proof.index)
+    write_table(join(output, "index.parquet"), proof.index)
     write_record(output, record)
     filesystem, path = locate(checkpoint_path(output))
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
         filesystem.delete_dir(path)
-
-
-def _write_table(path: str, table: pa.Table) -> None:
-    filesystem, inner_path = locate(path)
-    with filesystem.open_output_stream(inner_path) as file:
-        pyarrow.parquet.write_table(table, file)

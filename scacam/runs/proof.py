@@ -11,9 +11,10 @@ from pyarrow import fs
 
 from scacam.errors import RunError
 from scacam.storage import join, locate, read_ahead
+from scacam.storage.parquet import read_columns
 from scacam.tables import INDEX
 
-__all__ = ["Proof", "explained_ids", "prove", "read_columns", "shards_of"]
+__all__ = ["Proof", "explained_ids", "prove", "shards_of"]
 
 
 class Proof(NamedTuple):
@@ -77,12 +78,6 @@ def shards_of(output: str, folder: str) -> list[fs.FileInfo]:
     filesystem, path = locate(join(output, folder))
     selector = fs.FileSelector(path, allow_not_found=True)
     return [info for info in filesystem.get_file_info(selector) if info.extension == "parquet"]
-
-
-def read_columns(filesystem: fs.FileSystem, path: str, columns: Sequence[str]) -> pa.Table:
-    """Some columns of a Parquet file."""
-    with filesystem.open_input_file(path) as file:
-        return pyarrow.parquet.ParquetFile(file).read(columns)
 
 
 def _read(

@@ -1,0 +1,121 @@
+"""Two runs of the same images: how alike their maps are, one row per image."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scacam.audit.likeness import likeness
+from scacam.audit.maps import TopMaps, top_maps
+from scacam.errors import RunError
+from scacam.runs.results import Run
+
+__all__ = ["COMPARISON", "compare_runs", "pair_networks"]
+
+_AT_ONCE = 4096
+
+COMPARISON = pa.schema(
+    [
+        pa.field("uri", pa.string(), nullable=False),
+        ("image_id_a", pa.int64()),
+        ("image_id_b", pa.int64()),
+        ("network_a", pa.string()),
+        ("network_b", pa.string()),
+        ("method", pa.string()),
+        ("label", pa.int32()),
+        ("class_id_a", pa.int32()),
+        ("class_id_b", pa.int32()),
+        ("class_name_a", pa.string()),
+        ("class_name_b", pa.string()),
+        ("probability_a", pa.float32()),
+        ("probability_b", pa.float32()),
+        ("changed", pa.bool_()),
+        ("moved", pa.float32()),
+        ("rank_correlation", pa.float32()),
+        ("box_iou", pa.float32()),
+    ]
+)
+"""One row per image, pair of networks and method: the top classes of two runs, and their maps."""
+
+
+def pair_networks(first: Run, second: Run) -> list[tuple[str, str]]:
+    """Which network of one run is compared with which of the other.
+
+    Those of the same name; or the only ones of the runs, whatever their names.
+
+    Raises:
+        RunError: there is no such pair.
+    """
+    if len(first.networks) == len(second.networks) == 1:
+        return [(next(iter(first.networks)), next(iter(second.networks)))]
+    pairs = [(name, name) for name in first.networks if name in second.networks]
+    if not pairs:
+        raise RunError(
+            f"no network is in both runs: {first.path} has {', '.join(first.networks)}; "
+            f"{second.path} has {', '.join(second.networks)}"
+        )
+    return pairs
+
+
+def compare_runs(first: Run, second: Run) -> Iterator[pa.Table]:
+    """Compare what two runs say of the same images, matched by uri, a few thousand at a time.
+
+    Returns:
+        Tables of the schema `COMPARISON`, each of one pair of networks and one method.
+
+    Raises:
+        RunError: no network, method or image is in both runs.
+    """
+    networks = pair_networks(first, second)
+    methods = [name for name in first.methods if name in second.methods]
+    if not methods:
+        raise RunError(f"no method is in both {first.path} and {second.path}")
+    images = _shared_images(first, second)
+    if not len(images):
+        raise RunError(f"no uri is in both {first.path} and {second.path}")
+    return _comparisons((first, second), networks, methods, images)
+
+
+def _comparisons(
+    runs: tuple[Run, Run],
+    networks: list[tuple[str, str]],
+    methods: list[str],
+    images: np.ndarray,
+) -> Iterator[pa.Table]:
+    for start in range(0, len(images), _AT_ONCE):
+        ids = images[start : start + _AT_ONCE].T
+        for names in networks:
+            found = [top_maps(*wanted) for wanted in zip(runs, names, ids, strict=True)]
+            for method in methods:
+                if all(method in maps for maps in found):
+                    maps = [each[method] for each in found]
+                    both = np.isin(ids[0], maps[0].column("image_id"))
+                    both &= np.isin(ids[1], maps[1].column("image_id"))
+                    yield _comparison(maps[0].of(ids[0][both]), maps[1].of(ids[1][both]), names)
+
+
+def _shared_images(first: Run, second: Run) -> np.ndarray:
+    """The ids of the images that are in both runs, by uri: int64 `[N, 2]`, by rising first id."""
+    if first.manifest["uri"].equals(second.manifest["uri"]):
+        ids = first.manifest["image_id"].to_numpy()
+        return np.stack([ids, second.manifest["image_id"].to_numpy()], axis=1)
+    place = pc.index_in(first.manifest["uri"], second.manifest["uri"].combine_chunks())
+    found = first.manifest.filter(pc.is_valid(place))
+    others = second.manifest["image_id"].take(place.drop_null())
+    return np.stack([found["image_id"].to_numpy(), others.to_numpy()], axis=1)
+
+
+def _comparison(first: TopMaps, second: TopMaps, networks: tuple[str, str]) -> pa.Table:
+    alike = likeness(first, second)
+    count = len(first.rows)
+    columns = {"uri": first.rows["uri"], "method": first.rows["method"]}
+    columns["label"] = first.rows["label"]
+    for suffix, maps, network in zip("ab", (first, second), networks, strict=True):
+        columns[f"network_{suffix}"] = pa.repeat(network, count)
+        for name in ("image_id", "class_id", "class_name", "probability"):
+            columns[f"{name}_{suffix}"] = maps.rows[name]
+    columns["changed"] = pc.not_equal(columns["class_id_a"], columns["class_id_b"])
+    for name, values in alike._asdict().items():
+        columns[name] = pa.array(values.astype(np.float32), from_pandas=True)
+    return pa.table({name: columns[name] for name in COMPARISON.names}).cast(COMPARISON)

@@ -1,0 +1,78 @@
+"""The maps of the top classes of a run, and the few rows that matter most."""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from scacam.runs.results import Run
+
+__all__ = ["Ranking", "TopMaps", "top_maps"]
+
+
+class TopMaps(NamedTuple):
+    """The heatmaps of the top class of N images, by one network and one method.
+
+    Attributes:
+        rows: the other columns of these explanations, by rising image id.
+        heatmaps: float32 `[N, h, w]`, signed, before any ReLU, the largest magnitude of each 1.
+    """
+
+    rows: pa.Table
+    heatmaps: np.ndarray
+
+    def column(self, name: str) -> np.ndarray:
+        """One column as an array; what is null is NaN."""
+        return self.rows[name].to_numpy()
+
+    def rectangles(self, kind: str) -> np.ndarray:
+        """`view` or `box` as float32 `[N, 4]`: x0, y0, x1, y1; NaN where there is none."""
+        corners = [self.column(f"{kind}_{side}") for side in ("x0", "y0", "x1", "y1")]
+        return np.stack(corners, axis=1).astype(np.float32)
+
+    def of(self, image_ids: np.ndarray) -> "TopMaps":
+        """Only these images, which must be among them, in this order."""
+        places = np.searchsorted(self.column("image_id"), image_ids)
+        return TopMaps(self.rows.take(places), self.heatmaps[places])
+
+
+class Ranking:
+    """The few rows with the largest scores of however many are added."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self.entries: list[dict[str, Any]] = []
+
+    def add(self, scores: np.ndarray, rows: pa.Table, **columns: np.ndarray) -> None:
+        """Add N rows with their scores and further columns; those with NaN scores do not count."""
+        known = np.flatnonzero(np.isfinite(scores))
+        best = known[np.argsort(-scores[known], kind="stable")[: self.size]]
+        for place, row in zip(best, rows.take(best).to_pylist(), strict=True):
+            extra = {name: float(values[place]) for name, values in columns.items()}
+            self.entries.append({**row, "score": float(scores[place]), **extra})
+        self.entries.sort(key=lambda entry: -entry["score"])
+        del self.entries[self.size :]
+
+
+def top_maps(run: Run, network: str, image_ids: np.ndarray) -> dict[str, TopMaps]:
+    """Read the heatmaps of the top class of some images, by method, of which none may be missing.
+
+    Images that are not in the run are left out.
+    """
+    if not len(image_ids):
+        return {}
+    field = pc.field("image_id")
+    these = (field >= int(image_ids.min())) & (field <= int(image_ids.max()))
+    if len(image_ids) <= image_ids.max() - image_ids.min():
+        these = these & field.isin(pa.array(image_ids))
+    table = run.explanations(network, where=(pc.field("rank") == 1) & these).to_table()
+    found = {}
+    for method in run.networks[network]["methods"]:
+        rows = table.filter(pc.field("method") == method).sort_by("image_id")
+        packed = rows["heatmap"].combine_chunks()
+        values = packed.storage.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+        found[method] = TopMaps(
+            rows.drop_columns("heatmap"), values.reshape(len(rows), *packed.type.shape)
+        )
+    return found

@@ -1,0 +1,69 @@
+"""What `run.json` says of the images, the networks, the methods and the software."""
+
+import hashlib
+import json
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.metadata import version
+from typing import Any
+
+import pyarrow as pa
+
+from scacam.localization import BOX_THRESHOLD
+from scacam.methods import METHODS
+from scacam.networks import Network
+from scacam.tables import SCHEMA_VERSION
+from scacam.version import __version__
+
+__all__ = ["describe_network", "describe_run"]
+
+_PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "pillow", "numpy", "opencv-python-headless")
+
+_DIGESTED_ROWS = 1 << 20
+
+
+def describe_run(manifest: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
+    """What `run.json` says of the images, the methods and the software."""
+    found = {name: version(name) for name in _PACKAGES}
+    return {
+        "schema_version": SCHEMA_VERSION,
+        "versions": {"scacam": __version__, "python": platform.python_version(), **found},
+        "images": len(manifest),
+        "manifest_sha256": _digest(manifest.select(["uri", "label", "offset"])),
+        "methods": {
+            name: {"relu": METHODS[name].relu, "paper": METHODS[name].paper} for name in methods
+        },
+        "box_threshold": BOX_THRESHOLD,
+    }
+
+
+def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]:
+    """What `run.json` says of a network."""
+    return {
+        "name": network.name,
+        "weights": network.weights,
+        "sha256": network.digest(),
+        "target_layer": network.target_layer.name,
+        "target_call": network.target_layer.call,
+        "head": network.head.kind,
+        "class_weights": network.head.classifier,
+        "feature_shape": list(network.feature_shape),
+        "num_classes": network.num_classes,
+        "preprocessing": asdict(network.preprocessing),
+        "categories_sha256": _digest_of_names(network.categories),
+        "methods": [name for name in methods if network.supports(name)],
+    }
+
+
+def _digest_of_names(names: Sequence[str] | None) -> str | None:
+    return None if names is None else hashlib.sha256(json.dumps(names).encode()).hexdigest()
+
+
+def _digest(table: pa.Table) -> str:
+    """Of the values, however they are divided into chunks."""
+    digest = hashlib.sha256()
+    for start in range(0, len(table), _DIGESTED_ROWS):
+        for column in table.slice(start, _DIGESTED_ROWS).combine_chunks().columns:
+            digest.update(pa.record_batch(column.chunks, ["column"]).serialize())
+    return digest.hexdigest()
