@@ -4,6 +4,7 @@ An image is upright (its EXIF orientation applied) and RGB or gray before anythi
 The *view* is the rectangle of it, in its own pixels, that is resized to the network's input.
 """
 
+import contextlib
 import io
 import warnings
 import zlib
@@ -242,13 +243,14 @@ def _without_metadata(data: bytes) -> bytes:
 
 def _orientation(image: Image.Image) -> int:
     """The orientation that EXIF states, or else XMP: 1 to 8."""
-    try:
-        found = image.getexif().get(ExifTags.Base.Orientation)
-    except Exception:  # over EXIF that is none, Pillow does not get as far as the XMP
-        other = Image.new("1", (1, 1))
-        other.info = {name: image.info[name] for name in _XMP if name in image.info}
-        found = other.getexif().get(ExifTags.Base.Orientation)
-    return int(found) if found and found in range(1, 9) else 1
+    xmp = Image.new("1", (1, 1))  # over EXIF that is none, Pillow does not get as far as the XMP
+    xmp.info = {name: image.info[name] for name in _XMP if name in image.info}
+    for source in (image, xmp):
+        with contextlib.suppress(Exception):  # what is malformed tells nothing
+            found = source.getexif().get(ExifTags.Base.Orientation)
+            if found and found in range(1, 9):
+                return int(found)
+    return 1
 
 
 def _to_rgb(image: ImageFile.ImageFile) -> Image.Image:

@@ -1,6 +1,9 @@
 """The stages of the explain job on one block, called as Ray calls them: whose image fails."""
 
 import shutil
+import threading
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -124,8 +127,9 @@ def test_a_map_that_raises_costs_its_image_alone(tmp_path):
     start_ray()
     sink = ShardSink(str(tmp_path), {"one": (4, 4), "two": (3, 3)}, start_tally(), 1.0)
     sink.write([found], SimpleNamespace(kwargs={"write_uuid": "task"}, task_idx=0))
-    rows = ds.dataset(tmp_path / "explanations", partitioning="hive").to_table()
-    assert sorted(rows["image_id"].to_pylist()) == sorted(others * 2)
+    for network in maps:
+        rows = ds.dataset(tmp_path / "explanations" / f"network={network}").to_table()
+        assert rows["image_id"].to_pylist() == others
     assert ds.dataset(tmp_path / "errors").to_table()["image_id"].to_pylist() == [3]
 
 
@@ -154,15 +158,72 @@ def store(tmp_path: Path, monkeypatch):
     shutil.rmtree(folder)
 
 
-def test_a_store_that_is_out_is_not_the_images_fault(store, photo_folder, monkeypatch):
-    """A single one that the store cannot give, amid others, is an errors row."""
+@pytest.fixture
+def moody(store, monkeypatch):
+    """Stands before the store, and has no time for objects that are called `busy`."""
+
+    class Moody(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.endswith("/busy.jpg"):
+                return self.send_error(503)
+            behind = HTTPConnection("127.0.0.1", store.ports[0])
+            behind.request(self.command, self.path, headers=dict(self.headers))
+            answer = behind.getresponse()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer.read())
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    _filesystem.cache_clear()
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_one_image_that_the_store_never_gives_is_a_row(
+    store, moody, photo_folder, monkeypatch, where
+):
     monkeypatch.setattr(decode, "PATIENCE_S", 2.0)
-    store.upload(photo_folder(6), "photos")
-    uris = [f"s3://{BUCKET}/photos/{path.name}" for path in sorted(photo_folder(6).iterdir())]
-    stage = Decode([SMALL], "center_crop", None)
-    # Nobody listens there: what pyarrow says of it is transient, however long one waits.
-    elsewhere = "hdfs://127.0.0.1:1/photo.jpg"
-    print(failures(stage(manifest([*uris, elsewhere]))))
-    store.stop()
+    folder = photo_folder(40)  # more than are read at once
+    (folder / "busy.jpg").write_bytes(b"")
+    store.upload(folder, "photos")
+    names = [path.name for path in sorted(folder.glob("photo*"))]
+    names.insert(0 if where == "first" else len(names), "busy.jpg")
+    uris = [f"s3://{BUCKET}/photos/{name}" for name in names]
+    block = Decode([SMALL], "center_crop", None)(manifest(uris))
+    assert failures(block) == {names.index("busy.jpg"): ("read", "unreadable")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("given", [0, 20])
+def test_a_store_that_is_out_stops_the_job(store, photo_folder, monkeypatch, given):
+    """From the first image of a block on, or in the midst of it."""
+    monkeypatch.setattr(decode, "PATIENCE_S", 2.0)
+    folder = photo_folder(80)
+    store.upload(folder, "photos")
+    uris = [f"s3://{BUCKET}/photos/{path.name}" for path in sorted(folder.iterdir())]
+    seen = []
+
+    def stopping(*arguments):
+        if len(seen) == given:
+            store.stop()
+        seen.append(1)
+        return see(*arguments)
+
+    monkeypatch.setattr(decode, "see", stopping)
+    if not given:
+        store.stop()
     with pytest.raises(RunError, match="out of reach for 2 s"):
-        stage(manifest(uris))
+        Decode([SMALL], "center_crop", None)(manifest(uris))
+    assert len(seen) < len(uris)
