@@ -11,7 +11,14 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-__all__ = ["BOX_THRESHOLD", "Localization", "box_of_region", "localize", "upsample"]
+__all__ = [
+    "BOX_THRESHOLD",
+    "Localization",
+    "box_of_region",
+    "interpolation",
+    "localize",
+    "upsample",
+]
 
 BOX_THRESHOLD = 0.2
 """Share of the maximum above which a cell belongs to the box (Zhou et al. 2016)."""
@@ -81,9 +88,28 @@ def localize(
 
 def upsample(heatmap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize maps `[..., h, w]` bilinearly to a height and width, without aligned corners."""
-    rows = _interpolation(heatmap.shape[-2], size[0])
-    columns = _interpolation(heatmap.shape[-1], size[1])
+    rows = _even(heatmap.shape[-2], size[0])
+    columns = _even(heatmap.shape[-1], size[1])
     return rows @ heatmap @ columns.T
+
+
+@lru_cache(maxsize=64)
+def _even(length: int, new_length: int) -> np.ndarray:
+    return interpolation(length, (np.arange(new_length) + 0.5) / new_length).astype(np.float32)
+
+
+def interpolation(length: int, points: np.ndarray) -> np.ndarray:
+    """The matrix that interpolates linearly between the centres of a view's cells.
+
+    Args:
+        length: how many cells there are along one side of the view.
+        points: `[..., P]`, where to look, as shares of that side: 0 is its start, 1 its end.
+
+    Returns:
+        Float64 `[..., P, length]`, rows with sum 1. Beyond the outermost centres, their cells hold.
+    """
+    cells = (points * length - 0.5).clip(0, length - 1)[..., None]
+    return (1 - np.abs(cells - np.arange(length))).clip(min=0)
 
 
 def box_of_region(mask: np.ndarray) -> tuple[float, float, float, float]:
@@ -129,16 +155,3 @@ def _in_image(points: np.ndarray, views: np.ndarray) -> np.ndarray:
     """From points `[..., 2]` in [0, 1] of the view to pixels of the original image."""
     origin, corner = views[..., :2], views[..., 2:]
     return (origin + points * (corner - origin)).astype(np.float32)
-
-
-@lru_cache(maxsize=64)
-def _interpolation(length: int, new_length: int) -> np.ndarray:
-    """The matrix `[new_length, length]` that interpolates linearly between the cells' centres."""
-    positions = (np.arange(new_length) + 0.5) * length / new_length - 0.5
-    positions = positions.clip(0, length - 1)
-    left = np.floor(positions).astype(np.int64).clip(max=max(length - 2, 0))
-    share = (positions - left).astype(np.float32)
-    matrix = np.zeros((new_length, length), dtype=np.float32)
-    matrix[np.arange(new_length), left] += 1 - share
-    matrix[np.arange(new_length), (left + 1).clip(max=length - 1)] += share
-    return matrix
