@@ -59,7 +59,7 @@ def _loaded(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def room(module: str) -> str:
-    return (module.split(".") + [""])[1]
+    return module.partition(".")[2].partition(".")[0]
 
 
 def floor(module: str) -> int:
