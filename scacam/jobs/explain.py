@@ -142,6 +142,11 @@ class Result:
     def __str__(self) -> str:
         lines = [f"{self.explained:,} of {self.images:,} images explained"]
         lines += [f"  {count:,} failed: {kind}" for kind, count in self.errors.items()]
+        if not self.ok:
+            lines.append(
+                f"more than --max-error-rate {self.max_error_rate:g} allows: once that is mended "
+                "(OUT/errors says it of each image), run it again with --retry-errors"
+            )
         return "\n".join([*lines, *self.told, f"results: {self.output}"])
 
 

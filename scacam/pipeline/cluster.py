@@ -39,7 +39,7 @@ _EMBEDDED_CPUS_MIN = 4
 _JOINING_S = 15 * 60
 _LOOK_S = 2
 _NODE_CPUS_MIN = 2
-_EXCEPTION = re.compile(r"([A-Za-z_][\w.]*)(?:: (.*))?")
+_EXCEPTION = re.compile(r"([A-Za-z_][\w.<>]*)(?:: (.*))?")
 _SHARD_ROWS_MAX = 512
 
 TASK_CPUS = 0.45

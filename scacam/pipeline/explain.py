@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import pyarrow as pa
 
-from scacam.pipeline.progress import Held, fall, hold, taken_up
+from scacam.pipeline.progress import BLANK, Held, fall, hold, taken_up
 from scacam.pipeline.rows import Failure, explanations_column, list_column, set_failures, tensors
 from scacam.tables import EXPLANATION, pack_heatmaps
 
@@ -113,6 +113,8 @@ class Explain:
         labels = batch["label"].fill_null(-1).to_numpy()
         ids = batch["image_id"].to_numpy()
         blamed = Counter(death.image for death in deaths)
+        if deaths:
+            self._probe(np.zeros_like(samples[:1]), labels[:1])
         waiting = _one_by_one(rows) if deaths or not len(rows) else [rows]
         while waiting:
             chosen = waiting.pop()
@@ -130,9 +132,9 @@ class Explain:
             try:
                 explained = self._explain(samples[chosen], labels[chosen])
             except Exception as error:
-                no_memory = _lacks_memory(error)
-                if _is_lost_gpu(error) and not no_memory:
+                if _is_lost_gpu(error):
                     self._fall(error)
+                no_memory = _lacks_memory(error)
                 if len(chosen) > 1:
                     if no_memory:
                         self.batch_size = len(chosen) // 2
@@ -150,6 +152,15 @@ class Explain:
             struct, counts = self._structs(explained, views[chosen], labels[chosen], finite)
             yield chosen, struct, counts
             self._advance(len(chosen))
+
+    def _probe(self, blank: np.ndarray, labels: np.ndarray) -> None:
+        """Explain a blank image: if that, too, ends the process, no image is to blame."""
+        hold(self.tally, BLANK)
+        try:
+            self._explain(blank, labels)
+        except Exception as error:
+            if _is_lost_gpu(error):
+                self._fall(error)
 
     def _advance(self, images: int) -> None:
         if self.is_last:
@@ -266,6 +277,8 @@ def _is_lost_gpu(error: Exception) -> bool:
     """Whether an error says that this process has lost its GPU, not that the network is wrong."""
     import torch
 
+    if _lacks_memory(error):
+        return False
     kind = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
     return isinstance(error, kind) or bool(_LOST_GPU.search(str(error)))
 

@@ -19,10 +19,14 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scacam.errors import RunError
 
-__all__ = ["Counts", "Held", "fall", "hold", "shares", "shown", "start_tally", "taken_up"]
+__all__ = ["BLANK", "Counts", "Held", "fall", "hold", "shares", "shown", "start_tally", "taken_up"]
+
+BLANK = -1
+"""The image that every block begins with after a death: whoever dies of that dies of none."""
 
 _DEATHS_MAX = 6
 """Of processes on one block. Finding an image that kills takes three, and two more for the next."""
+_DEATHS_OF_NONE = 2
 
 _ON_TERMINAL_S = 0.5
 _IN_LOG_S = 15.0
@@ -55,7 +59,7 @@ class Held:
     Attributes:
         stage, block: what of it the process does, and which it is.
         node: where the process runs, by Ray's id.
-        image: the one image that the process looks at, if it said so.
+        image: the one image that the process looks at, or `BLANK`, if it said so.
         reason: why the process ended itself, if it said so.
     """
 
@@ -196,7 +200,7 @@ def taken_up(tally: Any, stage: str, batch: pa.Table) -> Iterator[list[Held]]:
         The block as it was in the hands of processes that died with it.
 
     Raises:
-        RunError: they are too many; the block would be tried for ever.
+        RunError: they are too many, and the block would be tried for ever; or it is not to blame.
     """
     if tally is None:
         yield []
@@ -206,7 +210,8 @@ def taken_up(tally: Any, stage: str, batch: pa.Table) -> Iterator[list[Held]]:
     held = Held(stage, block, ray.get_runtime_context().get_node_id())
     deaths = ray.get(tally.enter.remote(_worker(), held))
     try:
-        if len(deaths) >= _DEATHS_MAX:
+        of_none = sum(one.image == BLANK for one in deaths)
+        if len(deaths) >= _DEATHS_MAX or of_none >= _DEATHS_OF_NONE:
             raise RunError(_told(deaths))
         yield deaths
     finally:
@@ -232,6 +237,6 @@ def _told(deaths: list[Held]) -> str:
     addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
     reason = last.reason or "killed, as for lack of memory, or crashed"
     return (
-        f"{len(deaths)} processes of {last.stage} died of one block, that of image {last.block}; "
-        f"the last, on node {addresses.get(last.node)}: {reason}"
+        f"{len(deaths)} processes of {last.stage} died one after the other, with image "
+        f"{last.block} and its block; the last, on node {addresses.get(last.node)}: {reason}"
     )
