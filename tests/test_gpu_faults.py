@@ -1,5 +1,6 @@
 """What the explain stage does when a GPU, its memory or native code fails."""
 
+import os
 from collections import Counter
 from functools import partial
 from pathlib import Path
@@ -7,17 +8,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
+import ray.data
 import torch
 from PIL import Image
 
 from scacam.errors import RunError
 from scacam.jobs.command import run_job
 from scacam.methods import METHODS
+from scacam.pipeline.cluster import root_cause, start_ray
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
-from scacam.pipeline.progress import Held, Tally
+from scacam.pipeline.progress import Held, Tally, start_tally, taken_up
 from tests.faulty_networks import ILLEGAL
 from tests.tiny_networks import colours, greedy
 
@@ -89,8 +93,8 @@ def test_a_lack_of_memory_makes_batches_smaller_for_good(photo_folder):
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "out_of_memory"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory"), "out_of_memory"),
         (RuntimeError("CUDA error: out of memory"), "out_of_memory"),
-        (RuntimeError("memory format is not supported"), "network_error"),
-        (TypeError("'NoneType' object is not subscriptable"), "network_error"),
+        (RuntimeError("memory format is not supported"), "failed"),
+        (TypeError("'NoneType' object is not subscriptable"), "failed"),
     ],
 )
 def test_the_image_that_is_to_blame_is_named(with_white, error, kind):
@@ -143,12 +147,16 @@ def run(folder: Path, output: Path, network: str, *arguments: str) -> int:
     return main([*base, "--networks", f"tests.faulty_networks:{network}", *arguments])
 
 
+def errors(output: Path) -> list[Path]:
+    return [path for path in output.glob("errors/*") if pq.read_metadata(path).num_rows]
+
+
 @pytest.mark.long
 def test_a_gpu_that_fails_is_left_to_another_process(with_white, tmp_path, log):
     assert run(with_white, tmp_path / "out", "failing_twice") == 0
     assert len(set(log.read_text().split())) >= 3
     assert pd.read_parquet(tmp_path / "out" / "explanations")["image_id"].nunique() == 12
-    assert not (tmp_path / "out" / "errors").exists()
+    assert not errors(tmp_path / "out")
 
 
 @pytest.mark.long
@@ -157,14 +165,14 @@ def test_a_broken_gpu_stops_the_job_and_blames_no_image(with_white, tmp_path, lo
     told = capsys.readouterr().err.strip().splitlines()[-1]
     assert "3 processes of explain tests.faulty_networks:always_failing died" in told
     assert f"RuntimeError: {ILLEGAL}; the same command continues it" in told
-    assert not (tmp_path / "out" / "errors").exists()
+    assert not errors(tmp_path / "out")
 
 
 @pytest.mark.long
 def test_an_image_that_kills_the_network_is_found(with_white, tmp_path, log):
     assert run(with_white, tmp_path / "out", "killed_by_white") == 0
-    errors = pd.read_parquet(tmp_path / "out" / "errors")
-    assert errors[["uri", "stage", "error"]].values.tolist() == [
+    found = pd.read_parquet(tmp_path / "out" / "errors")
+    assert found[["uri", "stage", "error"]].values.tolist() == [
         [str(with_white / "photo 0005 white.png"), "explain", "crashed"]
     ]
     assert pd.read_parquet(tmp_path / "out" / "explanations")["image_id"].nunique() == 11
@@ -173,10 +181,26 @@ def test_an_image_that_kills_the_network_is_found(with_white, tmp_path, log):
 @pytest.mark.long
 def test_an_image_that_confuses_the_network_is_a_row(with_white, tmp_path, log):
     assert run(with_white, tmp_path / "out", "confused_by_white") == 0
-    errors = pd.read_parquet(tmp_path / "out" / "errors")
-    assert errors[["error", "message"]].values.tolist() == [
-        ["network_error", "TypeError: too white"]
-    ]
+    found = pd.read_parquet(tmp_path / "out" / "errors")
+    assert found[["error", "message"]].values.tolist() == [["failed", "TypeError: too white"]]
+
+
+@pytest.mark.long
+def test_a_stage_that_always_crashes_stops_the_job(monkeypatch):
+    """As localizing or writing might: whatever enters and leaves blocks is bounded."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    start_ray()
+    tally = start_tally()
+
+    def crash(batch: pa.Table) -> pa.Table:
+        with taken_up(tally, "localize", batch):
+            os._exit(1)
+
+    blocks = ray.data.from_arrow(pa.table({"image_id": [512]}))
+    with pytest.raises(ray.exceptions.RayError) as caught:
+        blocks.map_batches(crash, batch_size=None, batch_format="pyarrow").materialize()
+    told = root_cause(caught.value)
+    assert told.startswith("6 processes of localize died one after the other, with image 512 ")
 
 
 @pytest.mark.long

@@ -140,7 +140,7 @@ class Explain:
                         self.batch_size = len(chosen) // 2
                     waiting += [chosen] if no_memory else _one_by_one(chosen)
                     continue
-                kind = "out_of_memory" if no_memory else "network_error"
+                kind = "out_of_memory" if no_memory else "failed"
                 failures[int(chosen[0])] = Failure("explain", kind, _in_one_line(error))
                 self._advance(1)
                 continue
