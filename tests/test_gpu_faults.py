@@ -217,7 +217,7 @@ def test_a_run_that_fails_for_one_reason_stops_by_itself(tmp_path, capsys):
     assert "not_an_image (" in told
     assert "--max-error-rate 1 goes on" in told
     assert main([*base, "--max-error-rate", "1"]) == 1
-    assert "run it again with --retry-errors" in capsys.readouterr().out
+    assert "--retry-errors tries them again" in capsys.readouterr().out
 
 
 @pytest.mark.long

@@ -144,8 +144,8 @@ class Result:
         lines += [f"  {count:,} failed: {kind}" for kind, count in self.errors.items()]
         if not self.ok:
             lines.append(
-                f"more than --max-error-rate {self.max_error_rate:g} allows: once that is mended "
-                "(OUT/errors says it of each image), run it again with --retry-errors"
+                f"too many: once that is mended ({self.output}/errors says what it is of "
+                "each image), --retry-errors tries them again"
             )
         return "\n".join([*lines, *self.told, f"results: {self.output}"])
 

@@ -120,8 +120,8 @@ def await_nodes(gpus: int | None) -> int:
     try:
         while lacking := _lacking(gpus):
             if time.monotonic() >= deadline:
-                waited = f" after {_JOINING_S / 60:.0f} minutes of waiting" if grows else ""
-                raise RunError(f"{lacking}{waited}")
+                waited = f"after {_JOINING_S / 60:.0f} minutes of waiting, " if grows else ""
+                raise RunError(waited + lacking)
             if not asked:
                 logger.info("%s; waiting for nodes to join", lacking)
                 request_resources(bundles=wanted)
