@@ -55,6 +55,7 @@ def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, 
     """
     existing = read_record(output)
     if existing is None:
+        _forget_checkpoint(output)  # of a run whose output was deleted
         write_table(join(output, "manifest.parquet"), manifest)
         write_record(output, {"status": "running", **record})
         return {"status": "running", **record}
@@ -65,25 +66,28 @@ def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, 
             + "; ".join(told[:5])
             + (f" and {len(told) - 5} more" if len(told) > 5 else "")
         )
+    if existing["status"] == "complete":
+        _forget_checkpoint(output)  # completing it was cut off before its last step
     if existing["status"] == "retrying":
         return _forget_errors(output, existing)
     return existing
 
 
 def retry_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Make the failed images of a complete run undone again; the job then continues it.
+    """Make the failed images of a run undone again, if `begin` found it complete.
 
-    Raises:
-        RunError: the run is not complete yet.
+    The job then continues it. A run that is not complete is to be continued as it is: that may be
+    this very retry, which was cut off.
     """
     if record["status"] == "running":
-        raise RunError(f"the run in {output} is not complete; complete it without --retry-errors")
+        return record
     write_record(output, {**record, "status": "retrying"})
     return _forget_errors(output, record)
 
 
 def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Can be killed anywhere and done again, as long as the record says `retrying`."""
+    """Can be cut off anywhere and done again, as long as the record says `retrying`."""
+    _forget_checkpoint(output)
     filesystem, _ = locate(output)
     done = explained_ids(output, record["networks"][0]["name"])
     folder = checkpoint_path(output)
@@ -107,6 +111,10 @@ def complete(output: str, record: dict[str, Any], proof: Proof) -> None:
         write_table(join(output, "errors/none.parquet"), ERRORS.empty_table())
     write_table(join(output, "index.parquet"), proof.index)
     write_record(output, record)
+    _forget_checkpoint(output)
+
+
+def _forget_checkpoint(output: str) -> None:
     filesystem, path = locate(checkpoint_path(output))
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
         filesystem.delete_dir(path)
