@@ -11,7 +11,6 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,6 +28,7 @@ from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.rows import sampling_of, tensors
+from scacam.pipeline.share import share
 from scacam.runs.lock import locked
 from scacam.storage import join, locate
 
@@ -105,7 +105,7 @@ def weigh(
         stream = stream.map_batches(
             Observe,
             fn_constructor_kwargs={
-                "load": partial(ray.get, ray.put(network)),
+                "load": share(network),
                 "sampling": samplings.index(sampling_of(network.preprocessing)),
                 "batch_size": options.batch_size,
                 "is_last": index == len(networks) - 1,

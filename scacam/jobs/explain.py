@@ -44,6 +44,7 @@ from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import sampling_of
+from scacam.pipeline.share import share
 from scacam.pipeline.sink import ShardSink
 from scacam.runs.describe import describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output, retry_errors
@@ -273,7 +274,7 @@ def explain(
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
         stream = stream.map_batches(
             Explain,
-            fn_constructor_kwargs=arguments | {"load": partial(ray.get, ray.put(network))},
+            fn_constructor_kwargs=arguments | {"load": share(network)},
             compute=ray.data.ActorPoolStrategy(size=allotment.actors),
             batch_size=rows,
             batch_format="pyarrow",

@@ -18,7 +18,7 @@ logger = logging.getLogger("scacam")
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--networks`, `--target-layer` and `--categories`."""
+    """Add `--networks`, `--target-layer`, `--categories` and `--output-kind`."""
     parser.add_argument(
         "--networks",
         required=True,
@@ -43,6 +43,14 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         help="the class names, one per line, of every network or of the one named (default: those "
         "published with it)",
     )
+    parser.add_argument(
+        "--output-kind",
+        nargs="+",
+        default=[],
+        metavar="[NAME=]KIND",
+        help="softmax if an image is of one class, sigmoid if each class is a question by itself, "
+        "of every network or of the one named (default: what its last step is, else softmax)",
+    )
 
 
 def parse_networks(specifications: Sequence[str]) -> dict[str, str]:
@@ -64,12 +72,19 @@ def load_networks(options: argparse.Namespace) -> list[Network]:
     wanted = parse_networks(options.networks)
     layers = _by_network(options.target_layer, list(wanted), "--target-layer")
     files = _by_network(options.categories, list(wanted), "--categories")
+    kinds = _by_network(options.output_kind, list(wanted), "--output-kind")
     networks = []
     for name, weights in wanted.items():
         logger.info("loading %s, weights %s", name, weights)
         categories = _read_categories(files[name]) if name in files else None
         networks.append(
-            load_network(name, weights, target_layer=layers.get(name), categories=categories)
+            load_network(
+                name,
+                weights,
+                target_layer=layers.get(name),
+                categories=categories,
+                output_kind=kinds.get(name),
+            )
         )
     return networks
 

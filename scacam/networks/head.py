@@ -19,7 +19,6 @@ from scacam.methods.gradients import Gradients, MaskedGradients, weigh
 from scacam.networks.output import (
     SHAPING,
     Output,
-    OutputKind,
     both_classes,
     look_at_output,
     operation,
@@ -142,7 +141,7 @@ def examine(
     module: nn.Module,
     images: Tensor,
     target_layer: str | None = None,
-    output_kind: OutputKind | None = None,
+    output_kind: str | None = None,
 ) -> Anatomy:
     """Find the target layer and what the head does: by its autograd graph, checked numerically.
 

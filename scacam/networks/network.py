@@ -11,7 +11,6 @@ from scacam.errors import NetworkError
 from scacam.images import Preprocessing
 from scacam.methods import METHODS
 from scacam.networks.head import examine
-from scacam.networks.output import OutputKind
 
 __all__ = ["Network"]
 
@@ -44,7 +43,7 @@ class Network:
         preprocessing: Preprocessing | None = None,
         categories: Sequence[str] | None = None,
         weights: str = "as given",
-        output_kind: OutputKind | None = None,
+        output_kind: str | None = None,
     ) -> None:
         """Find the target layer and the class weights by running the module on random images.
 

@@ -1,13 +1,13 @@
 """What a network returns, and how its logits and probabilities come from that.
 
-Explained are logits. A module that ends in a softmax or sigmoid of its own is run with an eye on that
-last step, whose input they are. A single logit z stands for two classes: class 1 with z, class 0
-with -z, so that their probabilities sigmoid(z) and sigmoid(-z) sum to 1 and each has its own map.
+Explained are logits. A module that ends in a softmax or sigmoid of its own is run with an eye on
+that last step, whose input they are. A single logit z stands for two classes, class 1 with z and
+class 0 with -z: their probabilities sigmoid(z) and sigmoid(-z) sum to 1, and each has its own map.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,20 +15,10 @@ from torch.overrides import TorchFunctionMode
 
 from scacam.errors import NetworkError
 
-__all__ = [
-    "SHAPING",
-    "Output",
-    "OutputKind",
-    "both_classes",
-    "look_at_output",
-    "operation",
-]
+__all__ = ["SHAPING", "Output", "both_classes", "look_at_output", "operation"]
 
-OutputKind = Literal["softmax", "sigmoid"]
-"""How probabilities come from logits: one class of all (softmax), or each by itself (sigmoid)."""
-
-# By the name of the function of torch.
-_LAST_STEPS: dict[str, OutputKind] = {
+# By the name of the function of torch, which function makes probabilities of its input.
+_LAST_STEPS = {
     "softmax": "softmax",
     "log_softmax": "softmax",
     "sigmoid": "sigmoid",
@@ -49,12 +39,12 @@ class Output:
     """How logits and probabilities come from what a module returns.
 
     Attributes:
-        kind: the function from logits to probabilities.
+        kind: the function from logits to probabilities, `softmax` or `sigmoid`.
         last_step: the step of the module itself that is left out, as torch calls it, since its
             input are the logits; None where the module returns them.
     """
 
-    kind: OutputKind
+    kind: str
     last_step: str | None = None
 
     def logits(self, module: nn.Module, images: Tensor) -> Tensor:
@@ -98,7 +88,7 @@ class _LastStep(TorchFunctionMode):
 
 
 def look_at_output(
-    module: nn.Module, images: Tensor, kind: OutputKind | None = None
+    module: nn.Module, images: Tensor, kind: str | None = None
 ) -> tuple[Output, Tensor]:
     """Run a module and see what it returns, by what it did last and by the numbers.
 
@@ -115,7 +105,7 @@ def look_at_output(
         NetworkError: it returns probabilities whose logits cannot be had, a softmax of a single
             output, or something else than `kind`.
     """
-    if kind not in (None, *get_args(OutputKind)):
+    if kind not in (None, "softmax", "sigmoid"):
         raise NetworkError(f"unknown output kind {kind!r}; known are softmax and sigmoid")
     with _LastStep() as seen:
         returned = module(images)
@@ -136,8 +126,14 @@ def look_at_output(
         raise NetworkError(f"the softmax of its single output is always 1; {_ITS_LOGITS}")
     if kind is None:
         kind = "sigmoid" if returned.shape[1] == 1 else "softmax"
-    logits = returned if last_step is None else seen.input.reshape(returned.shape)
-    return Output(kind, last_step), logits
+    output = Output(kind, last_step)
+    if last_step is None:
+        return output, returned
+    logits = seen.input.reshape(returned.shape)
+    made = returned.float().exp() if last_step.startswith("log") else returned.float()
+    if not torch.allclose(output.probabilities(logits), made, atol=1e-2, equal_nan=True):
+        raise NetworkError(f"its {last_step} is not one over all its classes; {_ITS_LOGITS}")
+    return output, logits
 
 
 def _probabilities(returned: Tensor, known: bool) -> str | None:
