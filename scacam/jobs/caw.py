@@ -10,7 +10,6 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -32,6 +31,7 @@ from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
+from scacam.pipeline.share import share
 from scacam.runs.lock import locked
 from scacam.storage import join, locate
 
@@ -94,6 +94,7 @@ def run(
     networks: Sequence[str],
     target_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
     batch_size: int | None = None,
     limit: int | None = None,
 ) -> Result:
@@ -105,7 +106,7 @@ def run(
     """
     refuse_below_one(batch_size=batch_size, limit=limit)
     manifest = read_manifest(input, limit).table
-    loaded = load_networks(networks, target_layer, categories)
+    loaded = load_networks(networks, target_layer, categories, output_kind)
     path = join(output, "metrics/caw.parquet")
     filesystem, inner_path = locate(path)
     filesystem.create_dir(inner_path.rpartition("/")[0], recursive=True)
@@ -139,7 +140,7 @@ def weigh(
         stream = stream.map_batches(
             Observe,
             fn_constructor_kwargs={
-                "load": partial(ray.get, ray.put(network)),
+                "load": share(network),
                 "sampling": samplings.index(sampling_of(network.preprocessing)),
                 "batch_size": batch_size,
                 "is_last": index == len(networks) - 1,

@@ -47,6 +47,7 @@ from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import bytes_per_image, sampling_of
+from scacam.pipeline.share import share
 from scacam.pipeline.sink import ShardSink
 from scacam.runs import lifecycle
 from scacam.runs.describe import describe_network, describe_run
@@ -177,6 +178,7 @@ def run(
     networks: Sequence[str],
     target_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
     methods: Sequence[str] = tuple(METHODS),
     top_k: int = 5,
     explain_label: bool = False,
@@ -204,7 +206,7 @@ def run(
     if not dry_run:
         refuse_output(output)
     manifest = read_manifest(input, limit)
-    loaded = load_networks(networks, target_layer, categories)
+    loaded = load_networks(networks, target_layer, categories, output_kind)
     check_networks(options, loaded, manifest)
     if dry_run:
         return plan(options, manifest, loaded)
@@ -359,7 +361,7 @@ def explain(
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
         stream = stream.map_batches(
             Explain,
-            fn_constructor_kwargs=arguments | {"load": partial(ray.get, ray.put(network))},
+            fn_constructor_kwargs=arguments | {"load": share(network)},
             compute=ray.data.ActorPoolStrategy(size=allotment.actors),
             batch_size=rows,
             batch_format="pyarrow",
