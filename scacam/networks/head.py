@@ -20,6 +20,7 @@ from scacam.networks.output import (
     SHAPING,
     Output,
     both_classes,
+    eagerly,
     look_at_output,
     operation,
 )
@@ -154,21 +155,21 @@ def examine(
         output_kind: as `look_at_output` takes it.
 
     Raises:
-        NetworkError: there is no such layer, the logits do not depend on it or cannot be had, the
-            module cannot be differentiated, or what it says of an image is not always the same.
+        NetworkError: there is no such layer, the logits do not depend on it or cannot be had, or
+            what the module says of an image is not always the same.
+        RuntimeError: the module cannot be watched or differentiated.
     """
     answers: list[Tensor] = []
     handle = module.register_forward_hook(lambda _module, _inputs, output: answers.append(output))
     try:
-        target = find_target_layer(module, images[:2], target_layer)
-        with differentiable(module), capture(module, target, differentiable=True) as captured:
-            output, raw = look_at_output(module, images[1:], output_kind)
+        with eagerly(), differentiable(module):
+            target = find_target_layer(module, images[:2], target_layer)
+            with capture(module, target, differentiable=True) as captured:
+                output, raw = look_at_output(module, images[1:], output_kind)
             logits = both_classes(raw)
         features = captured.of(target)
         operations = _operations(raw, target)
         head = _head(module, operations, features, raw, logits)
-    except RuntimeError as error:
-        raise NetworkError(f"it cannot be differentiated: {error}") from error
     finally:
         handle.remove()
     _refuse_other_answer(answers[0][1], answers[1][0])

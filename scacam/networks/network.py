@@ -73,8 +73,16 @@ class Network:
         try:
             _refuse_unfit(module)
             anatomy = examine(module, self._random_images(3), target_layer, output_kind)
-        except NetworkError as error:
-            raise NetworkError(f"{self.name}: {error}") from error
+        except (NetworkError, RuntimeError) as error:
+            reason = str(error)
+            if any(isinstance(layer, torch.jit.ScriptModule) for layer in module.modules()):
+                reason = (
+                    "it holds TorchScript, whose layers cannot be watched; give the nn.Module "
+                    f"that it was made from, and its state dict ({reason})"
+                )
+            elif isinstance(error, RuntimeError):
+                reason = f"it cannot be watched or differentiated: {reason}"
+            raise NetworkError(f"{self.name}: {reason}") from error
         self.target_layer = anatomy.target_layer
         self.head = anatomy.head
         self.output = anatomy.output
@@ -145,11 +153,6 @@ def _example(module: nn.Module) -> Tensor:
 
 
 def _refuse_unfit(module: nn.Module) -> None:
-    if isinstance(module, torch.jit.ScriptModule):
-        raise NetworkError(
-            "it is TorchScript, whose layers cannot be watched; give the nn.Module that it was "
-            "made from, and its state dict"
-        )
     for name, tensor in chain(module.named_parameters(), module.named_buffers()):
         if tensor.is_meta:
             raise NetworkError(f"{name} is on the meta device: it has no weights yet")

@@ -6,6 +6,7 @@ class 0 with -z: their probabilities sigmoid(z) and sigmoid(-z) sum to 1, and ea
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from scacam.errors import NetworkError
 
-__all__ = ["SHAPING", "Output", "both_classes", "look_at_output", "operation"]
+__all__ = ["SHAPING", "Output", "both_classes", "eagerly", "look_at_output", "operation"]
 
 # By the name of the function of torch, which function makes probabilities of its input.
 _LAST_STEPS = {
@@ -51,7 +52,7 @@ class Output:
         """Run a module: logits `[B, classes]`, two for a module that has only one."""
         if self.last_step is None:
             return both_classes(module(images))
-        with _LastStep() as seen:
+        with eagerly(), _LastStep() as seen:
             returned = module(images)
         return both_classes(seen.input.reshape(returned.shape))
 
@@ -87,6 +88,11 @@ class _LastStep(TorchFunctionMode):
         return output
 
 
+def eagerly() -> AbstractContextManager[object]:
+    """Inside this context, what torch.compile made runs as it was written, and can be watched."""
+    return torch.compiler.set_stance("force_eager")
+
+
 def look_at_output(
     module: nn.Module, images: Tensor, kind: str | None = None
 ) -> tuple[Output, Tensor]:
@@ -109,12 +115,10 @@ def look_at_output(
         raise NetworkError(f"unknown output kind {kind!r}; known are softmax and sigmoid")
     with _LastStep() as seen:
         returned = module(images)
+    if not returned.is_floating_point():
+        raise NetworkError(f"it returns {returned.dtype}; {_ITS_LOGITS}")
     last_step = None
-    if (
-        seen.name is not None
-        and seen.output.numel() == returned.numel()
-        and torch.equal(seen.output.reshape(returned.shape), returned)
-    ):
+    if seen.name is not None and _same(seen.output, returned):
         last_step = seen.name
         found = _LAST_STEPS[last_step]
         if kind not in (None, found):
@@ -134,6 +138,13 @@ def look_at_output(
     if not torch.allclose(output.probabilities(logits), made, atol=1e-2, equal_nan=True):
         raise NetworkError(f"its {last_step} is not one over all its classes; {_ITS_LOGITS}")
     return output, logits
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """The same values in the same order, whatever the shape."""
+    return one.numel() == other.numel() and torch.allclose(
+        one.flatten(), other.flatten(), rtol=0, atol=0, equal_nan=True
+    )
 
 
 def _probabilities(returned: Tensor, known: bool) -> str | None:

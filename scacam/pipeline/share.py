@@ -28,7 +28,8 @@ def share(network: "Network") -> "Callable[[], Network]":
         NetworkError: in that process, if what is built there has other weights.
     """
     try:
-        return partial(ray.get, ray.put(network))
+        held = ray.put(network)
+        return lambda: ray.get(held)
     except Exception as error:  # whatever a module holds may raise anything
         if network.rebuild is None:
             raise
