@@ -2,12 +2,15 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
+from typing import BinaryIO
 
 from pyarrow import fs
 
@@ -81,6 +84,66 @@ class ObjectStore:
     def stop(self) -> None:
         self.process.kill()
         self.process.wait()
+
+
+class Proxy:
+    """Stands between clients and a server on loopback, and keeps the head of each request."""
+
+    def __init__(self, port: int) -> None:
+        self.heads: list[bytes] = []
+        self._server = port
+        self._listening = socket.create_server(("127.0.0.1", 0))
+        self.endpoint = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def requests(self) -> list[str]:
+        """Method and target of each request so far."""
+        return [" ".join(head.split(b"\r\n")[0].decode().split()[:2]) for head in self.heads]
+
+    def stop(self) -> None:
+        self._listening.close()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                client, _ = self._listening.accept()
+            except OSError:
+                return
+            server = socket.create_connection(("127.0.0.1", self._server))
+            threading.Thread(target=self._forward, args=(client, server), daemon=True).start()
+            threading.Thread(target=_pump, args=(server, client), daemon=True).start()
+
+    def _forward(self, client: socket.socket, server: socket.socket) -> None:
+        with client.makefile("rb") as asked:
+            while head := _head(asked):
+                self.heads.append(head)
+                length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
+                body = asked.read(int(length[1])) if length else b""
+                server.sendall(self.altered(head) + body)
+        server.close()
+
+    def altered(self, head: bytes) -> bytes:
+        """What the server gets to see in its place."""
+        return head
+
+
+def _head(asked: BinaryIO) -> bytes:
+    head = b""
+    while line := asked.readline():
+        head += line
+        if line == b"\r\n":
+            break
+    return head
+
+
+def _pump(source: socket.socket, sink: socket.socket) -> None:
+    try:
+        while data := source.recv(1 << 16):
+            sink.sendall(data)
+    except OSError:
+        pass
+    finally:
+        sink.close()
 
 
 def _free_ports(count: int) -> list[int]:

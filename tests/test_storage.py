@@ -9,7 +9,7 @@ import pytest
 from servers import BUCKET, ObjectStore
 
 from scacam.storage import is_transient, locate, read_ahead, read_bytes
-from scacam.storage.files import _filesystem
+from scacam.storage.s3 import open_bucket
 
 ODD = [
     "a b.jpg", "a#b.jpg", "a%20b.jpg", "100%.jpg", "ü你.jpg", "q\"uo'te.jpg", "new\nline.jpg",
@@ -23,9 +23,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ObjectStore]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in found.environment.items():
             patch.setenv(name, value)
-        _filesystem.cache_clear()  # other tests' stores had the same name
+        open_bucket.cache_clear()  # other tests' stores had the same name
         yield found
-    _filesystem.cache_clear()
+    open_bucket.cache_clear()
     found.stop()
 
 

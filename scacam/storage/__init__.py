@@ -8,6 +8,12 @@ from scacam.storage.files import (
     patiently,
     read_ahead,
     read_bytes,
+    uri_of,
+    write_bytes,
+    writing,
 )
 
-__all__ = ["PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead", "read_bytes"]
+__all__ = [
+    "PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead", "read_bytes",
+    "uri_of", "write_bytes", "writing",
+]  # fmt: skip
