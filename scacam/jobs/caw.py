@@ -30,7 +30,8 @@ from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.rows import sampling_of, tensors
 from scacam.runs.lock import locked
-from scacam.storage import join, locate
+from scacam.storage import join
+from scacam.storage.parquet import write_table
 
 if TYPE_CHECKING:
     from scacam.networks import Network
@@ -70,17 +71,11 @@ def run(options: argparse.Namespace) -> int:
     manifest = read_manifest(options.input, options.limit).table
     networks = load_networks(options)
     path = join(options.output, "metrics/caw.parquet")
-    filesystem, inner_path = locate(path)
-    try:
-        filesystem.create_dir(inner_path.rpartition("/")[0], recursive=True)
-    except OSError as error:
-        raise RunError(f"cannot write to {options.output}: {error}") from error
     with locked(options.output):
         start_ray()
         weights, errors = weigh(options, manifest, networks)
         tables = [of_network.table() for of_network in weights]
-        with filesystem.open_output_stream(inner_path) as file:
-            pyarrow.parquet.write_table(pa.concat_tables(tables), file, compression="zstd")
+        write_table(path, pa.concat_tables(tables))
     print(summary(weights, errors, len(manifest), path))
     return 0 if any(of_network.images for of_network in weights) else 1
 

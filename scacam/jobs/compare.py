@@ -8,16 +8,16 @@ Reads the runs' Parquet and a few of their photos; needs neither the networks no
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from scacam.audit.compare import COMPARISON, compare_runs
 from scacam.errors import ScacamError
 from scacam.report.comparison import Summary
 from scacam.runs.results import open_run
-from scacam.storage import join, locate
+from scacam.storage import join, write_bytes
+from scacam.storage.parquet import write_tables
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -49,21 +49,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def compare(first_path: str, second_path: str) -> None:
     """Write the table and the page."""
     first, second = open_run(first_path), open_run(second_path)
-    tables = compare_runs(first, second)
-    filesystem, path = locate(second_path)
-    filesystem.create_dir(join(path, "metrics"), recursive=True)
     summary = Summary(first, second)
-    with pyarrow.parquet.ParquetWriter(
-        join(path, "metrics/comparison.parquet"),
-        COMPARISON.with_metadata({"run_a": first_path, "run_b": second_path}),
-        filesystem=filesystem,
-        compression="zstd",
-    ) as writer:
-        for table in tables:
-            writer.write_table(table)
+
+    def summarised() -> Iterator[pa.Table]:
+        for table in compare_runs(first, second):
             summary.add(table)
-    with filesystem.open_output_stream(join(path, "comparison.html")) as file:
-        file.write(summary.page().encode())
+            yield table
+
+    schema = COMPARISON.with_metadata({"run_a": first_path, "run_b": second_path})
+    write_tables(join(second_path, "metrics/comparison.parquet"), summarised(), schema)
+    write_bytes(join(second_path, "comparison.html"), summary.page().encode())
 
 
 if __name__ == "__main__":

@@ -41,6 +41,7 @@ from scacam.runs.lock import locked
 from scacam.runs.proof import shards_of
 from scacam.runs.results import Run, open_run
 from scacam.storage import join, locate
+from scacam.storage.parquet import write_table
 from scacam.tables import CURVES, DIFFERENCES, LOCALIZATION, TRUE_BOXES
 
 logger = logging.getLogger("scacam")
@@ -146,10 +147,8 @@ class Tables:
         for name, schema in _TABLES.items():
             rows = getattr(self, name)
             if rows:
-                filesystem, path = locate(join(output, f"metrics/{name}.parquet"))
-                filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-                with filesystem.open_output_stream(path) as file:
-                    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), file)
+                path = join(output, f"metrics/{name}.parquet")
+                write_table(path, pa.Table.from_pylist(rows, schema))
 
 
 def evaluate_boxes(run: Run, network: str, truth: BoxTruth, tables: Tables) -> None:

@@ -14,7 +14,7 @@ import pyarrow as pa
 from scacam.errors import ScacamError
 from scacam.report.run import report
 from scacam.runs.results import open_run
-from scacam.storage import join, locate
+from scacam.storage import join, write_bytes
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -30,9 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         page = report(open_run(options.run)).encode()
         path = join(options.run, "report.html")
-        filesystem, inner_path = locate(path)
-        with filesystem.open_output_stream(inner_path) as file:
-            file.write(page)
+        write_bytes(path, page)
     except (ScacamError, pa.ArrowException, OSError) as error:
         print(f"report: {error}", file=sys.stderr)
         return 2

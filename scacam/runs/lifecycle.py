@@ -15,11 +15,12 @@ from scacam.storage.parquet import write_table
 __all__ = ["ID", "begin", "checkpoint_path", "complete", "refuse_output", "retry_errors"]
 
 ID = "image_id"
+_CHECKPOINT = ".checkpoint"
 
 
 def checkpoint_path(output: str) -> str:
-    """The folder of the checkpoint of a run."""
-    return output.rstrip("/") + ".checkpoint"
+    """The folder of the checkpoint of a run, below the output: it may be all one may write to."""
+    return join(output, _CHECKPOINT)
 
 
 def refuse_output(output: str) -> None:
@@ -55,14 +56,20 @@ def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, 
     existing = read_record(output)
     if existing is None:
         write_table(join(output, "manifest.parquet"), manifest)
-        write_record(output, {"status": "running", **record})
-        return {"status": "running", **record}
+        running = {"status": "running", "checkpoint": _CHECKPOINT, **record}
+        write_record(output, running)
+        return running
     told = differences(existing, record)
     if told:
         raise RunError(
             f"output {output} holds another run; choose another output. It differs in "
             + "; ".join(told[:5])
             + (f" and {len(told) - 5} more" if len(told) > 5 else "")
+        )
+    if existing["status"] != "complete" and "checkpoint" not in existing:
+        raise RunError(
+            f"the run in {output} was begun by a scacam that kept its checkpoint beside the "
+            "output; complete it with that one, or choose another output"
         )
     if existing["status"] == "retrying":
         return _forget_errors(output, existing)
@@ -77,17 +84,16 @@ def retry_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
     """
     if record["status"] == "running":
         raise RunError(f"the run in {output} is not complete; complete it without --retry-errors")
-    write_record(output, {**record, "status": "retrying"})
-    return _forget_errors(output, record)
+    retrying = {**record, "status": "retrying", "checkpoint": _CHECKPOINT}
+    write_record(output, retrying)
+    return _forget_errors(output, retrying)
 
 
 def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
     """Can be killed anywhere and done again, as long as the record says `retrying`."""
     filesystem, _ = locate(output)
     done = explained_ids(output, record["networks"][0]["name"])
-    folder = checkpoint_path(output)
-    locate(folder)[0].create_dir(locate(folder)[1], recursive=True)
-    write_table(join(folder, "explained.parquet"), pa.table({ID: done}))
+    write_table(join(checkpoint_path(output), "explained.parquet"), pa.table({ID: done}))
     for shard in shards_of(output, "errors"):
         filesystem.delete_file(shard.path)
     running = {**record, "status": "running"}

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from scacam.errors import RunError
-from scacam.storage import join, locate, read_bytes
+from scacam.storage import join, read_bytes, write_bytes
 
 __all__ = ["differences", "read_record", "write_record"]
 
@@ -35,10 +35,7 @@ def read_record(output: str) -> dict[str, Any] | None:
 
 def write_record(output: str, record: dict[str, Any]) -> None:
     """Write `run.json`; on local disk, too, all of it or nothing."""
-    filesystem, path = locate(join(output, "run.json"))
-    with filesystem.open_output_stream(path + ".new") as file:
-        file.write(json.dumps(record, indent=2).encode())
-    filesystem.move(path + ".new", path)
+    write_bytes(join(output, "run.json"), json.dumps(record, indent=2).encode())
 
 
 def differences(existing: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

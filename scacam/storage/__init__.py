@@ -1,6 +1,7 @@
 """Where files are, local or on object storage, and how they are read and written."""
 
 from scacam.storage.files import (
+    OUT_OF_REACH,
     PATIENCE_S,
     is_transient,
     join,
@@ -14,6 +15,6 @@ from scacam.storage.files import (
 )
 
 __all__ = [
-    "PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead", "read_bytes",
-    "uri_of", "write_bytes", "writing",
+    "OUT_OF_REACH", "PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead",
+    "read_bytes", "uri_of", "write_bytes", "writing",
 ]  # fmt: skip

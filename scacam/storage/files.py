@@ -15,8 +15,8 @@ from urllib.parse import unquote
 from pyarrow import fs
 
 __all__ = [
-    "PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead", "read_bytes",
-    "uri_of", "write_bytes", "writing",
+    "OUT_OF_REACH", "PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead",
+    "read_bytes", "uri_of", "write_bytes", "writing",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
@@ -27,6 +27,9 @@ _READ_AHEAD = 32
 
 PATIENCE_S = 120.0
 """How long a store may fail before a job gives up on it."""
+
+OUT_OF_REACH = "store out of reach"
+"""How the message of a transient error begins, for who retries by messages."""
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 _PACKAGES = {

@@ -126,6 +126,13 @@ class Bucket(Store):
 
     def _size(self, key: str) -> int | None:
         """How many bytes an object has, None if it is not there."""
+        if _PLAIN.fullmatch(key):
+            try:
+                return obstore.head(self.reader, key)["size"]
+            except NotFoundError:
+                return None
+            except BaseError:
+                pass  # as in `read`
         try:
             return self.fs.call_s3("head_object", Bucket=self.bucket, Key=key)["ContentLength"]
         except FileNotFoundError:

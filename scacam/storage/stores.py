@@ -23,6 +23,8 @@ from botocore.parsers import ResponseParserError
 from fsspec.implementations.http import HTTPFileSystem
 from pyarrow import fs
 
+from scacam.storage.files import OUT_OF_REACH
+
 __all__ = ["Store", "errors_of_the_store", "http_status", "open_store"]
 
 _TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=15)
@@ -174,7 +176,8 @@ def errors_of_the_store() -> Iterator[None]:
         kind = _kind(error)
         if isinstance(error, kind):
             raise
-        raise kind(" ".join(str(error).split()) or type(error).__name__) from error
+        told = " ".join(str(error).split()) or type(error).__name__
+        raise kind(f"{OUT_OF_REACH}: {told}" if kind is ConnectionError else told) from error
 
 
 def _kind(error: Exception) -> type[OSError]:
