@@ -1,5 +1,6 @@
 """The cluster files, checked as Ray's launcher and the KubeRay operator would read them."""
 
+import argparse
 import json
 import os
 import re
@@ -21,7 +22,7 @@ import yaml
 from packaging.requirements import Requirement
 from ray.autoscaler._private.util import prepare_config, validate_config
 
-from scacam.jobs.explain import parse
+from scacam.jobs.explain import add_arguments
 from scacam.pipeline.cluster import allot, divide
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,9 @@ def test_rayjob_runs_the_job_with_arguments_that_it_knows(rayjob):
     program, job, *arguments = rayjob["spec"]["entrypoint"].split()
     assert program == "python"
     assert (ROOT / job).is_file()
-    assert parse(arguments).output.startswith("s3://")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    assert parser.parse_args(arguments).output.startswith("s3://")
 
 
 def test_rayjob_has_the_form_that_the_operator_wants(rayjob):

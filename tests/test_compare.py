@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from scacam import RunError
 from scacam.audit.compare import COMPARISON, compare_runs
 from scacam.audit.likeness import box_iou, energy, likeness, standard_ranks
 from scacam.audit.maps import Ranking, top_maps
-from scacam.jobs.compare import main
+from scacam.jobs.command import run_job
+
+main = partial(run_job, "compare")
 
 NAMES = ["cat", "dog", "emu"]
 

@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -21,11 +22,13 @@ from ray import cloudpickle
 import scacam
 from scacam import Preprocessing, load_network
 from scacam.images import decode, pixels, view_of
-from scacam.jobs.explain import main
+from scacam.jobs.command import run_job
 from scacam.pipeline.checkpoint import checkpoint
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.sink import ShardSink
+
+main = partial(run_job, "explain")
 
 CONTRACT = {
     "image_id": pa.int64(),

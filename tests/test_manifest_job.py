@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from scipy.io import savemat
 from servers import BUCKET, ObjectStore
 
 from scacam.inputs.manifest import read_manifest
-from scacam.jobs.manifest import main
+from scacam.jobs.command import run_job
+
+main = partial(run_job, "manifest")
 
 
 def touch(root: Path, *paths: str) -> None:

@@ -447,9 +447,9 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _load(*arguments: str) -> list[Network]:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     add_network_options(parser)
-    return load_networks(parser.parse_args(arguments))
+    return load_networks(**vars(parser.parse_args(arguments)))
 
 
 def test_target_layers_and_categories_for_every_network_or_one(tmp_path: Path) -> None:

@@ -7,13 +7,13 @@ Looks at the stored heatmaps alone: needs no network and no images. Writes OUT/m
 
 import argparse
 import logging
-import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -21,10 +21,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet
 import ray
 import ray.data
-import ray.exceptions
 from pyarrow import fs
 
-from scacam.errors import RunError, ScacamError
+from scacam.errors import RunError
 from scacam.evaluation.intervals import BoxTotals, MaskTotals, Row, curves, dealt, summarise
 from scacam.evaluation.measures import BASELINES, POINTING_TOLERANCE
 from scacam.evaluation.shards import (
@@ -36,7 +35,7 @@ from scacam.evaluation.shards import (
 )
 from scacam.evaluation.sweep import RIGHT_IOU
 from scacam.evaluation.truth import BoxTruth, MaskTruth, read_boxes, read_masks
-from scacam.pipeline.cluster import root_cause, start_ray
+from scacam.pipeline.cluster import start_ray
 from scacam.runs.lock import locked
 from scacam.runs.proof import shards_of
 from scacam.runs.results import Run, open_run
@@ -66,9 +65,8 @@ _SHOWN = {
 _HEADLINES = ("max_box_acc_v2", "top1_max_box_acc_v2", "pxap")
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the job."""
     parser.add_argument("--run", required=True, metavar="OUT", help="the output of an explain job")
     truth = parser.add_mutually_exclusive_group(required=True)
     truth.add_argument(
@@ -77,25 +75,26 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     truth.add_argument(
         "--masks", metavar="FOLDER", help="a PNG per image: 0 outside, 1 inside, 255 ignored"
     )
-    return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when the metrics are written."""
-    options = parse(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    try:
-        return evaluate(options)
-    except ScacamError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    except ray.exceptions.RayError as error:  # a shard that is broken, say
-        print(f"evaluate: stopped: {root_cause(error)}", file=sys.stderr)
-        return 2
+@dataclass(frozen=True)
+class Result:
+    """The metrics, and the output they are of."""
+
+    tables: "Tables"
+    output: str
+    ok: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return summary(self.tables, self.output)
 
 
-def evaluate(options: argparse.Namespace) -> int:
+def run(*, run: str, boxes: str | None = None, masks: str | None = None) -> Result:
+    """From the options to the metrics."""
+    return evaluate(SimpleNamespace(run=run, boxes=boxes, masks=masks))
+
+
+def evaluate(options: SimpleNamespace) -> Result:
     """From the options to the metrics."""
     run = open_run(options.run)
     if run.config.get("status") != "complete":
@@ -120,8 +119,7 @@ def evaluate(options: argparse.Namespace) -> int:
             else:
                 evaluate_masks(run, network, truth, tables)
         tables.write(options.run)
-    print(summary(tables, options.run))
-    return 0
+    return Result(tables, options.run)
 
 
 @dataclass
@@ -355,7 +353,3 @@ def compared(tables: Tables, network: str, width: int) -> Iterator[str]:
         noise = row["ci_low"] <= 0 <= row["ci_high"]
         verdict = "within noise" if noise else "more than noise"
         yield f"{row['other']:<{width}}  {percent(row, 'difference', '+.1f'):>19}  {verdict}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,30 +1,32 @@
 """Explain a collection of images: class activation maps of every network, class and method.
 
-    python jobs/explain.py --input photos/ --output out/ --networks resnet50 densenet161=w.pth
+    scacam explain --input photos/ --output out/ --networks resnet50 densenet161=w.pth
 
 Every image of the input ends as explained by every network or as a row of the errors table.
 """
 
 import argparse
 import logging
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import ray
 import ray.data
 
-from scacam.errors import RunError, ScacamError
-from scacam.images import VIEWS
+from scacam.errors import RunError
+from scacam.images import VIEWS, ViewName
 from scacam.inputs.manifest import Manifest, read_manifest, refuse_unknown_labels
-from scacam.jobs.estimate import estimate
+from scacam.jobs.estimate import Estimate, estimate
 from scacam.jobs.options import (
     add_network_options,
     load_networks,
     parse_networks,
+    refuse_below_one,
     seconds_per_image,
 )
 from scacam.methods import METHODS
@@ -45,10 +47,11 @@ from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import sampling_of
 from scacam.pipeline.sink import ShardSink
+from scacam.runs import lifecycle
 from scacam.runs.describe import describe_network, describe_run
-from scacam.runs.lifecycle import begin, complete, refuse_output, retry_errors
+from scacam.runs.lifecycle import begin, complete, refuse_output
 from scacam.runs.lock import locked
-from scacam.runs.proof import Proof, prove
+from scacam.runs.proof import prove
 from scacam.storage import OUT_OF_REACH, join, locate
 
 logger = logging.getLogger("scacam")
@@ -56,9 +59,8 @@ logger = logging.getLogger("scacam")
 _STALLED_S = 900
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the job, whose defaults are those of `run`."""
     parser.add_argument(
         "--input",
         required=True,
@@ -69,19 +71,18 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
         metavar="METHOD",
         help=f"default: all that a network supports of {', '.join(METHODS)}",
     )
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image")
+    parser.add_argument("--top-k", type=int, metavar="K", help="classes per image (default: 5)")
     parser.add_argument(
         "--explain-label", action="store_true", help="explain the labelled class as well"
     )
     parser.add_argument(
         "--view",
         choices=VIEWS,
-        default="center_crop",
-        help="what a network sees: its published centre crop, or the whole image squashed",
+        help="what a network sees: its published centre crop, or the whole image squashed "
+        "(default: center_crop)",
     )
     parser.add_argument(
         "--bfloat16", action="store_true", help="run the networks in half precision, bfloat16"
@@ -91,9 +92,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--max-error-rate",
         type=float,
-        default=1.0,
         metavar="SHARE",
-        help="give up when more than this share of the images fails, from 0 to 1",
+        help="give up when more than this share of the images fails, from 0 to 1 (default: 1)",
     )
     parser.add_argument(
         "--retry-errors", action="store_true", help="try the failed images of a complete run again"
@@ -104,77 +104,144 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--price-per-hour", type=float, metavar="PRICE", help="of this machine, for --dry-run"
     )
-    return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when it completed, with errors rows or without.
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
 
-    1 when it completed but all images failed, or too many; 2 when it could not run or was stopped.
+    Attributes:
+        output: where it is.
+        images: how many the manifest has.
+        explained: how many of them every network explains.
+        errors: how many failed, by kind.
+        max_error_rate: the share of them that was still to be borne.
+        told: what this job did of it, in words.
     """
-    options = parse(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    try:
-        return run(options)
-    except ScacamError as error:
-        print(f"explain: {error}", file=sys.stderr)
-        return 2
+
+    output: str
+    images: int
+    explained: int
+    errors: Mapping[str, int]
+    max_error_rate: float
+    told: Sequence[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether any image was explained, and no more failed than were to be borne."""
+        failed = sum(self.errors.values())
+        return self.explained > 0 and failed <= self.max_error_rate * self.images
+
+    def __str__(self) -> str:
+        lines = [f"{self.explained:,} of {self.images:,} images explained"]
+        lines += [f"  {count:,} failed: {kind}" for kind, count in self.errors.items()]
+        return "\n".join([*lines, *self.told, f"results: {self.output}"])
 
 
-def run(options: argparse.Namespace) -> int:
-    """From the options to the results."""
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        networks: their names.
+        estimate: from a timed sample.
+        price_per_hour: of this machine, if it is known.
+    """
+
+    networks: Sequence[str]
+    estimate: Estimate
+    price_per_hour: float | None
+    ok: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        names = ", ".join(self.networks)
+        return f"networks: {names}\n{self.estimate.told(self.price_per_hour)}"
+
+
+def run(
+    *,
+    input: str,
+    output: str,
+    networks: Sequence[str],
+    target_layer: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    methods: Sequence[str] = tuple(METHODS),
+    top_k: int = 5,
+    explain_label: bool = False,
+    view: ViewName = "center_crop",
+    bfloat16: bool = False,
+    batch_size: int | None = None,
+    limit: int | None = None,
+    max_error_rate: float = 1.0,
+    retry_errors: bool = False,
+    dry_run: bool = False,
+    price_per_hour: float | None = None,
+) -> Result | Plan:
+    """Explain images as `scacam explain` does; its options are the keywords.
+
+    Returns:
+        What the run came to, or with `dry_run` what it would take.
+
+    Raises:
+        ScacamError: the job cannot run as asked, or was stopped; the same call continues it.
+        OSError: a file or a store cannot be read or written.
+    """
+    options = SimpleNamespace(**locals())
     check(options)
-    if not options.dry_run:
-        refuse_output(options.output)
-    manifest = read_manifest(options.input, options.limit)
-    networks = load_networks(options)
-    check_networks(options, networks, manifest)
-    if options.dry_run:
-        return dry_run(options, manifest, networks)
-    wanted = describe(options, manifest, networks)
-    with locked(options.output):
-        record = begin(options.output, wanted, manifest.table)
-        if options.retry_errors:
-            record = retry_errors(options.output, record)
-        if record["status"] == "complete":
-            print(f"{options.output} is complete: nothing to do")
-            return 0
-        images = len(manifest.table)
-        del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
-        started = time.monotonic()
-        start_ray()
-        allotments = allot([seconds_per_image(network) for network in networks])
-        counts = explain(options, images, networks, allotments)
-        proof = prove(options.output, [network.name for network in networks], images)
-        seconds = time.monotonic() - started
-        record |= {
-            "status": "complete",
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(record.get("seconds", 0) + seconds, 1),
-            "explained": proof.explained,
-            "errors": dict(proof.errors),
-        }
-        complete(options.output, record, proof)
-    print(summary(options.output, images, proof, counts, stage_capacities(networks, allotments)))
-    failed = proof.errors.total() / images
-    return 0 if proof.explained and failed <= options.max_error_rate else 1
+    if not dry_run:
+        refuse_output(output)
+    manifest = read_manifest(input, limit)
+    loaded = load_networks(networks, target_layer, categories)
+    check_networks(options, loaded, manifest)
+    if dry_run:
+        return plan(options, manifest, loaded)
+    wanted = describe(options, manifest, loaded)
+    with locked(output):
+        record = begin(output, wanted, manifest.table)
+        if retry_errors:
+            record = lifecycle.retry_errors(output, record)
+        told = ["nothing to do: it was complete"]
+        if record["status"] != "complete":
+            images = len(manifest.table)
+            del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
+            record, told = explain_all(options, record, images, loaded)
+    return Result(
+        output, record["images"], record["explained"], record["errors"], max_error_rate, told
+    )
 
 
-def check(options: argparse.Namespace) -> None:
+def explain_all(
+    options: SimpleNamespace, record: dict[str, Any], images: int, networks: Sequence[Network]
+) -> tuple[dict[str, Any], list[str]]:
+    """Explain what is not explained yet, and prove the run; its record, and what was done."""
+    started = time.monotonic()
+    start_ray()
+    allotments = allot([seconds_per_image(network) for network in networks])
+    counts = explain(options, images, networks, allotments)
+    proof = prove(options.output, [network.name for network in networks], images)
+    seconds = time.monotonic() - started
+    record |= {
+        "status": "complete",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(record.get("seconds", 0) + seconds, 1),
+        "explained": proof.explained,
+        "errors": dict(proof.errors.most_common()),
+    }
+    complete(options.output, record, proof)
+    return record, speed(counts, stage_capacities(networks, allotments))
+
+
+def check(options: SimpleNamespace) -> None:
     """Refuse options that are wrong in themselves."""
     unknown = [name for name in options.methods if name not in METHODS]
     if unknown:
         raise RunError(f"unknown method {unknown[0]!r}; known are {', '.join(METHODS)}")
-    for name in ("top_k", "batch_size", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    refuse_below_one(top_k=options.top_k, batch_size=options.batch_size, limit=options.limit)
     parse_networks(options.networks)
 
 
 def check_networks(
-    options: argparse.Namespace, networks: Sequence[Network], manifest: Manifest
+    options: SimpleNamespace, networks: Sequence[Network], manifest: Manifest
 ) -> None:
     """Refuse what cannot be explained, and say what will be left out."""
     labels = manifest.table["label"]
@@ -190,7 +257,7 @@ def check_networks(
 
 
 def describe(
-    options: argparse.Namespace, manifest: Manifest, networks: Sequence[Network]
+    options: SimpleNamespace, manifest: Manifest, networks: Sequence[Network]
 ) -> dict[str, Any]:
     """What `run.json` says before the run."""
     return {
@@ -207,7 +274,7 @@ def describe(
 
 
 def stages(
-    options: argparse.Namespace, networks: Sequence[Network], tally: Any
+    options: SimpleNamespace, networks: Sequence[Network], tally: Any
 ) -> tuple[Decode, list[dict[str, Any]], Localize]:
     """The stages of the stream: of the networks' stages the arguments but for their network."""
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
@@ -234,19 +301,17 @@ def stages(
     return Decode(samplings, options.view, tally), pools, localize
 
 
-def dry_run(options: argparse.Namespace, manifest: Manifest, networks: Sequence[Network]) -> int:
+def plan(options: SimpleNamespace, manifest: Manifest, networks: Sequence[Network]) -> Plan:
     """Say what the job would do, from a timed sample, and start nothing."""
     decode, pools, localize = stages(options, networks, None)
     for network, arguments in zip(networks, pools, strict=True):
         arguments["load"] = partial(lambda network: network, network)
     found = estimate(manifest.table, networks, decode, pools, localize)
-    print(f"networks: {', '.join(network.name for network in networks)}")
-    print(found.told(options.price_per_hour))
-    return 0
+    return Plan([network.name for network in networks], found, options.price_per_hour)
 
 
 def explain(
-    options: argparse.Namespace,
+    options: SimpleNamespace,
     images: int,
     networks: Sequence[Network],
     allotments: Sequence[Allotment],
@@ -313,22 +378,14 @@ def stage_capacities(
     return {"decode": cores(), **pools, "localize": cores(), "write": cores()}
 
 
-def summary(
-    output: str, images: int, proof: Proof, counts: Counts, capacities: dict[str, int]
-) -> str:
-    """The last words of a job."""
-    lines = [f"{proof.explained:,} of {images:,} images explained"]
-    lines += [f"  {count:,} failed: {kind}" for kind, count in proof.errors.most_common()]
-    if counts.written:
-        busy = shares(counts, capacities)
-        slowest = max(busy, key=lambda stage: busy[stage])
-        lines += [
-            f"{counts.written:,} now, in {counts.wall:,.0f} s: "
-            f"{counts.written / counts.wall:,.1f} images/s; the bottleneck is {slowest}",
-            "busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in busy.items()),
-        ]
-    return "\n".join([*lines, f"results: {output}"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def speed(counts: Counts, capacities: dict[str, int]) -> list[str]:
+    """How fast it went and what held it up, in words."""
+    if not counts.written:
+        return []
+    busy = shares(counts, capacities)
+    slowest = max(busy, key=lambda stage: busy[stage])
+    return [
+        f"{counts.written:,} now, in {counts.wall:,.0f} s: "
+        f"{counts.written / counts.wall:,.1f} images/s; the bottleneck is {slowest}",
+        "busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in busy.items()),
+    ]

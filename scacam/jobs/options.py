@@ -12,7 +12,13 @@ from scacam.errors import RunError
 from scacam.networks import Network, load_network
 from scacam.storage import read_bytes
 
-__all__ = ["add_network_options", "load_networks", "parse_networks", "seconds_per_image"]
+__all__ = [
+    "add_network_options",
+    "load_networks",
+    "parse_networks",
+    "refuse_below_one",
+    "seconds_per_image",
+]
 
 logger = logging.getLogger("scacam")
 
@@ -30,7 +36,6 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-layer",
         nargs="+",
-        default=[],
         metavar="[NAME=]LAYER",
         help="the layer to explain, of every network or of the one named (default: the last with "
         "a spatial output before the classifier)",
@@ -38,11 +43,17 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--categories",
         nargs="+",
-        default=[],
         metavar="[NAME=]FILE",
         help="the class names, one per line, of every network or of the one named (default: those "
         "published with it)",
     )
+
+
+def refuse_below_one(**options: int | None) -> None:
+    """Raise RunError for an option that is given and less than 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def parse_networks(specifications: Sequence[str]) -> dict[str, str]:
@@ -54,24 +65,24 @@ def parse_networks(specifications: Sequence[str]) -> dict[str, str]:
     return {name: weights or "DEFAULT" for name, weights in pairs}
 
 
-def load_networks(options: argparse.Namespace) -> list[Network]:
-    """Load what the options of `add_network_options` ask for.
+def load_networks(
+    networks: Sequence[str], target_layer: Sequence[str] = (), categories: Sequence[str] = ()
+) -> list[Network]:
+    """Load what the options of `add_network_options`, here by the same names, ask for.
 
     Raises:
         NetworkError: a network cannot be loaded.
         RunError: the options contradict themselves, or a file of class names cannot be read.
     """
-    wanted = parse_networks(options.networks)
-    layers = _by_network(options.target_layer, list(wanted), "--target-layer")
-    files = _by_network(options.categories, list(wanted), "--categories")
-    networks = []
+    wanted = parse_networks(networks)
+    layers = _by_network(target_layer, list(wanted), "--target-layer")
+    files = _by_network(categories, list(wanted), "--categories")
+    loaded = []
     for name, weights in wanted.items():
         logger.info("loading %s, weights %s", name, weights)
-        categories = _read_categories(files[name]) if name in files else None
-        networks.append(
-            load_network(name, weights, target_layer=layers.get(name), categories=categories)
-        )
-    return networks
+        names = _read_categories(files[name]) if name in files else None
+        loaded.append(load_network(name, weights, target_layer=layers.get(name), categories=names))
+    return loaded
 
 
 def seconds_per_image(network: Network) -> float:
