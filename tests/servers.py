@@ -15,6 +15,8 @@ from typing import BinaryIO
 from pyarrow import fs
 
 BUCKET = "scacam"
+LIMITED_KEY = "limited"
+"""Of a role that may read below `limited/photos/` and write below `limited/out/`."""
 
 
 class ObjectStore:
@@ -23,12 +25,19 @@ class ObjectStore:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.ports = _free_ports(5)
-        identity = {
-            "name": "test",
-            "credentials": [{"accessKey": "key", "secretKey": "secret"}],
-            "actions": ["Admin", "Read", "Write", "List", "Tagging"],
-        }
-        (folder / "s3.json").write_text(json.dumps({"identities": [identity]}))
+        identities = [
+            _identity("test", "key", ["Admin", "Read", "Write", "List", "Tagging"]),
+            _identity(
+                "limited",
+                LIMITED_KEY,
+                [
+                    *(f"Read:{BUCKET}/limited/{folder}/*" for folder in ("photos", "out")),
+                    *(f"List:{BUCKET}/limited/{folder}/*" for folder in ("photos", "out")),
+                    f"Write:{BUCKET}/limited/out/*",
+                ],
+            ),
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         self.environment = {
             "AWS_ENDPOINT_URL": f"http://127.0.0.1:{self.ports[0]}",
             "AWS_ACCESS_KEY_ID": "key",
@@ -86,6 +95,14 @@ class ObjectStore:
         self.process.wait()
 
 
+def _identity(name: str, key: str, actions: list[str]) -> dict[str, object]:
+    return {
+        "name": name,
+        "credentials": [{"accessKey": key, "secretKey": "secret"}],
+        "actions": actions,
+    }
+
+
 class Proxy:
     """Stands between clients and a server on loopback, and keeps the head of each request."""
 
@@ -118,8 +135,8 @@ class Proxy:
             while head := _head(asked):
                 self.heads.append(head)
                 length = re.search(rb"(?i)\r\ncontent-length: *(\d+)", head)
-                body = asked.read(int(length[1])) if length else b""
-                server.sendall(self.altered(head) + body)
+                server.sendall(self.altered(head))  # before the body, which may wait for a word
+                server.sendall(asked.read(int(length[1])) if length else b"")
         server.close()
 
     def altered(self, head: bytes) -> bytes:

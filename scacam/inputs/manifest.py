@@ -1,5 +1,6 @@
 """From an input to the manifest: one row per image, in a fixed order."""
 
+import posixpath
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -103,7 +104,10 @@ def _from_file(filesystem: fs.FileSystem, path: str, source: str) -> pa.Table:
     folder = _absolute(source).rpartition("/")[0]
     relative = pc.invert(pc.match_substring_regex(uris, r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"))
     if pc.any(relative).as_py():
-        uris = pc.if_else(relative, pc.binary_join_element_wise(folder, uris, "/"), uris)
+        joined = pc.binary_join_element_wise(folder, uris, "/")
+        if "://" in folder:  # a disk follows ./ and ../ by itself, in a store they would be names
+            joined = pa.array([_resolved(uri) for uri in joined.to_pylist()])
+        uris = pc.if_else(relative, joined, uris)
     return _table(uris, labels=_labels(given, source))
 
 
@@ -159,6 +163,12 @@ def _refuse(table: pa.Table, wrong: pa.Array, message: str) -> None:
     if len(rows):
         first = "; ".join(str(row) for row in rows.slice(0, 3).to_pylist())
         raise RunError(f"{message}: {len(rows)} rows, the first {first}")
+
+
+def _resolved(uri: str) -> str:
+    scheme, separator, path = uri.partition("://")
+    dotted = not {".", ".."}.isdisjoint(path.split("/"))
+    return scheme + separator + posixpath.normpath(path) if dotted else uri
 
 
 def _absolute(source: str) -> str:

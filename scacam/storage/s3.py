@@ -1,5 +1,6 @@
 """S3: listing and writing by s3fs, reading by obstore, which takes a fraction of the CPU."""
 
+import asyncio
 import io
 import os
 import re
@@ -14,7 +15,7 @@ import obstore
 import pyarrow as pa
 import s3fs
 from botocore.configprovider import ConfiguredEndpointProvider
-from obstore.exceptions import BaseError, NotFoundError
+from obstore.exceptions import BaseError
 from obstore.store import S3Store
 from pyarrow import fs
 
@@ -25,6 +26,8 @@ __all__ = ["Bucket", "open_bucket"]
 
 _CREDENTIALS_LIVE = timedelta(minutes=5)
 _FEW_RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+_ANSWERED_S = 45.0
+_SLOWEST = 1e6
 _STREAM_BUFFER = 1 << 20
 _PLAIN = re.compile(r"(?!\.{0,2}(/|$))[^\x00-\x1f\x7f/]+(/(?!\.{0,2}(/|$))[^\x00-\x1f\x7f/]+)*")
 _TAKEN = (404, 409, 412)
@@ -51,8 +54,10 @@ class _S3(s3fs.S3FileSystem):
         return bucket, key, None
 
     async def _call_s3(self, method: str, *arguments: Any, **more: Any) -> Any:
-        with errors_of_the_store():
-            return await super()._call_s3(method, *arguments, **more)
+        body = more.get("Body")
+        allowed = _ANSWERED_S + (len(body) / _SLOWEST if isinstance(body, bytes) else 0.0)
+        with errors_of_the_store():  # aiohttp has no bound for sending, nor for the leave to send
+            return await asyncio.wait_for(super()._call_s3(method, *arguments, **more), allowed)
 
     async def _get_object(self, **request: Any) -> tuple[bytes, str]:
         answer = await self._call_s3("get_object", **request)
@@ -113,7 +118,11 @@ class Bucket(Store):
 
     def _info(self, path: str) -> fs.FileInfo:
         key = _key(path).rstrip("/")
-        size = self._size(key) if key else None
+        size, refusal = None, None
+        try:
+            size = self._size(key) if key else None
+        except PermissionError as error:  # a role for what is below it may not ask for its name
+            refusal = error
         if not size:
             try:
                 below = self._first(f"{key}/" if key else "")
@@ -121,6 +130,8 @@ class Bucket(Store):
                 return fs.FileInfo(path, fs.FileType.NotFound)
             if below or not key:  # beside an empty object of its name, which marks it
                 return fs.FileInfo(path, fs.FileType.Directory)
+        if refusal:
+            raise refusal
         kind = fs.FileType.NotFound if size is None else fs.FileType.File
         return fs.FileInfo(path, kind, size=size)
 
@@ -129,7 +140,7 @@ class Bucket(Store):
         if _PLAIN.fullmatch(key):
             try:
                 return obstore.head(self.reader, key)["size"]
-            except NotFoundError:
+            except FileNotFoundError:
                 return None
             except BaseError:
                 pass  # as in `read`
@@ -222,7 +233,7 @@ class Bucket(Store):
                 if offset is None or size is None:
                     return bytes(obstore.get(self.reader, key).bytes())
                 return bytes(obstore.get_range(self.reader, key, start=offset, length=size))
-            except NotFoundError as error:
+            except FileNotFoundError as error:
                 raise FileNotFoundError(f"there is no s3://{path}") from error
             except BaseError:
                 pass  # said in words alone; botocore's errors have codes, and it may succeed
