@@ -59,6 +59,8 @@ class _S3(s3fs.S3FileSystem):
         with errors_of_the_store():  # aiohttp has no bound for sending, nor for the leave to send
             return await asyncio.wait_for(super()._call_s3(method, *arguments, **more), allowed)
 
+    call_s3 = fsspec.asyn.sync_wrapper(_call_s3)
+
     async def _get_object(self, **request: Any) -> tuple[bytes, str]:
         answer = await self._call_s3("get_object", **request)
         with errors_of_the_store():
