@@ -21,7 +21,9 @@ from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from servers import BUCKET, LIMITED_KEY, ObjectStore, Proxy
 
+from scacam.errors import RunError
 from scacam.inputs.manifest import read_manifest
+from scacam.runs.lock import locked
 from scacam.storage import (
     OUT_OF_REACH,
     PATIENCE_S,
@@ -296,6 +298,54 @@ def test_swapping(store):
     assert handler.fetch(path) == (b"2", second)
     handler.delete_file(path)
     assert handler.swap(path, b"3", second) is None
+
+
+def test_of_two_that_want_a_lease_one_gets_it_at_once(store, monkeypatch):
+    monkeypatch.setattr("scacam.runs.lock._RENEWAL_S", 0.5)
+    output = f"s3://{BUCKET}/contended"
+    together = threading.Barrier(2)
+
+    def contend(_: int) -> bool:
+        together.wait()
+        try:
+            with locked(output):
+                together.wait()
+            return True
+        except RunError:
+            together.wait()
+            return False
+
+    began = time.monotonic()
+    with ThreadPoolExecutor(2) as threads:
+        assert sorted(threads.map(contend, range(2))) == [False, True]
+    assert time.monotonic() - began < 10  # the loser may look whether the winner lives
+    with locked(output):
+        pass
+
+
+def test_a_lease_that_is_lost_is_left_to_its_new_owner(store, monkeypatch):
+    monkeypatch.setattr("scacam.runs.lock._RENEWAL_S", 0.1)
+    output = f"s3://{BUCKET}/lost"
+
+    @locked(output)
+    def job() -> None:
+        write_bytes(f"{output}/.lock", b"another job")
+        for _ in range(100):
+            time.sleep(0.1)
+
+    with pytest.raises(RunError, match="another job has taken over"):
+        job()
+    assert read_bytes(f"{output}/.lock") == b"another job"
+
+
+def test_a_renewal_that_was_not_answered_is_no_loss(store, monkeypatch):
+    monkeypatch.setattr("scacam.runs.lock._RENEWAL_S", 0.1)
+    output = f"s3://{BUCKET}/unanswered"
+    with locked(output):
+        for _ in range(5):
+            write_bytes(f"{output}/.lock", read_bytes(f"{output}/.lock") + b"again")
+            time.sleep(0.3)
+    assert read_bytes(f"{output}/.lock") == b""
 
 
 class Heedless(Proxy):
