@@ -52,10 +52,11 @@ def run(*, runs: Sequence[str]) -> Result:
     """
     first_path, second_path = runs
     first, second = open_run(first_path), open_run(second_path)
+    tables = compare_runs(first, second)
     summary = Summary(first, second)
 
     def summarised() -> Iterator[pa.Table]:
-        for table in compare_runs(first, second):
+        for table in tables:
             summary.add(table)
             yield table
 
