@@ -11,7 +11,14 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 
-__all__ = ["BOX_THRESHOLD", "Localization", "box_of_region", "localize", "upsample"]
+__all__ = [
+    "BOX_THRESHOLD",
+    "Localization",
+    "box_of_region",
+    "interpolation",
+    "localize",
+    "upsample",
+]
 
 BOX_THRESHOLD = 0.2
 """Share of the maximum above which a cell belongs to the box (Zhou et al. 2016)."""
@@ -47,13 +54,17 @@ def localize(
 
     Returns:
         Coordinates in continuous pixels of the original image, x to the right, y down. A constant
-        map has neither peak nor box; a map without a positive value has no box.
+        map, or one with a NaN, has neither peak nor box; a map without a positive value, be it only
+        after upsampling, has no box.
     """
     heatmaps = np.ascontiguousarray(heatmaps, dtype=np.float32)
+    # By a power of two, which is exact: the smallest numbers would lose their digits, or vanish.
+    _, exponents = np.frexp(np.abs(heatmaps).max((1, 2), keepdims=True))
+    heatmaps = np.ldexp(heatmaps, -exponents)
     count, map_height, map_width = heatmaps.shape
     height, width = input_size
     flat = heatmaps.reshape(count, map_height * map_width)
-    constant = flat.max(1) == flat.min(1)
+    constant = ~(flat.max(1) > flat.min(1))  # a NaN is not more than itself
 
     rows, columns = np.divmod(flat.argmax(1), map_width)
     cells = np.stack([(columns + 0.5) / map_width, (rows + 0.5) / map_height], axis=1)
@@ -62,7 +73,9 @@ def localize(
 
     boxes = np.full((count, 4), np.nan, dtype=np.float32)
     kept = np.where(relu[:, None, None], heatmaps.clip(min=0), heatmaps)
-    known: dict[bytes, tuple[int, int, int, int]] = {}  # some maps are the same for every class
+    known: dict[
+        bytes, tuple[float, float, float, float]
+    ] = {}  # some maps are the same for every class
     for index in np.flatnonzero(~constant & (flat.max(1) > 0)):
         key = kept[index].tobytes()
         if key not in known:
@@ -76,17 +89,38 @@ def localize(
 
 def upsample(heatmap: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Resize maps `[..., h, w]` bilinearly to a height and width, without aligned corners."""
-    rows = _interpolation(heatmap.shape[-2], size[0])
-    columns = _interpolation(heatmap.shape[-1], size[1])
+    rows = _even(heatmap.shape[-2], size[0])
+    columns = _even(heatmap.shape[-1], size[1])
     return rows @ heatmap @ columns.T
 
 
-def box_of_region(mask: np.ndarray) -> tuple[int, int, int, int]:
+@lru_cache(maxsize=64)
+def _even(length: int, new_length: int) -> np.ndarray:
+    return interpolation(length, (np.arange(new_length) + 0.5) / new_length).astype(np.float32)
+
+
+def interpolation(length: int, points: np.ndarray) -> np.ndarray:
+    """The matrix that interpolates linearly between the centres of a view's cells.
+
+    Args:
+        length: how many cells there are along one side of the view.
+        points: `[..., P]`, where to look, as shares of that side: 0 is its start, 1 its end.
+
+    Returns:
+        Float64 `[..., P, length]`, rows with sum 1. Beyond the outermost centres, their cells hold.
+    """
+    cells = (points * length - 0.5).clip(0, length - 1)[..., None]
+    return (1 - np.abs(cells - np.arange(length))).clip(min=0)
+
+
+def box_of_region(mask: np.ndarray) -> tuple[float, float, float, float]:
     """The half-open bounding box x0, y0, x1, y1 of the largest 8-connected region of a mask.
 
-    Of regions of equal size, the first in reading order counts. The mask must not be empty.
+    Of regions of equal size, the first in reading order counts; NaN if there is none.
     """
     outlines, tree = cv2.findContours(mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    if not outlines:
+        return np.nan, np.nan, np.nan, np.nan
     region = outlines[0] if len(outlines) == 1 else _largest(outlines, tree[0, :, 3].tolist())
     x, y, width, height = cv2.boundingRect(region)
     return x, y, x + width, y + height
@@ -122,16 +156,3 @@ def _in_image(points: np.ndarray, views: np.ndarray) -> np.ndarray:
     """From points `[..., 2]` in [0, 1] of the view to pixels of the original image."""
     origin, corner = views[..., :2], views[..., 2:]
     return (origin + points * (corner - origin)).astype(np.float32)
-
-
-@lru_cache(maxsize=64)
-def _interpolation(length: int, new_length: int) -> np.ndarray:
-    """The matrix `[new_length, length]` that interpolates linearly between the cells' centres."""
-    positions = (np.arange(new_length) + 0.5) * length / new_length - 0.5
-    positions = positions.clip(0, length - 1)
-    left = np.floor(positions).astype(np.int64).clip(max=max(length - 2, 0))
-    share = (positions - left).astype(np.float32)
-    matrix = np.zeros((new_length, length), dtype=np.float32)
-    matrix[np.arange(new_length), left] += 1 - share
-    matrix[np.arange(new_length), (left + 1).clip(max=length - 1)] += share
-    return matrix

@@ -22,6 +22,7 @@ from scacam.audit.attention import (
 )
 from scacam.audit.likeness import box_iou, energy, likeness, standard_ranks
 from scacam.audit.maps import Ranking, TopMaps, top_maps
+from scacam.runs.record import same_classes
 from scacam.runs.results import Run
 
 __all__ = [
@@ -119,8 +120,9 @@ class PairAudit:
         networks: their names.
         method: the method whose maps were compared.
         images: how many images both explain.
-        same: share of them with the same top class.
-        moved, correlation, iou: means over those, as in `scacam.compare.Likeness`.
+        same: share of them with the same top class; NaN where a class id does not mean the same to
+            both networks.
+        moved, correlation, iou: means over those, as in `scacam.audit.likeness.Likeness`.
         apart: images with the same top class that the networks look at most differently.
     """
 
@@ -161,10 +163,13 @@ def audit(run: Run, objects: Objects | None = None) -> Audit:
     networks = {
         name: _NetworkPass(network, method, objects) for name, network in run.networks.items()
     }
-    pairs = [_PairPass(pair, method) for pair in combinations(networks, 2)]
-    ids = run.manifest["image_id"].to_numpy()
-    for start in range(0, len(ids), _AT_ONCE):
-        found = {name: top_maps(run, name, ids[start : start + _AT_ONCE]) for name in networks}
+    pairs = [
+        _PairPass(pair, method, same_classes(*(run.networks[name] for name in pair)))
+        for pair in combinations(networks, 2)
+    ]
+    for start in range(0, len(run.image_ids), _AT_ONCE):
+        ids = run.image_ids[start : start + _AT_ONCE]
+        found = {name: top_maps(run, name, ids) for name in networks}
         for name, maps in found.items():
             networks[name].add(maps)
         for pair in pairs:
@@ -317,8 +322,8 @@ class _NetworkPass:
 class _PairPass:
     """Gathers what `PairAudit` says, a part of the images at a time."""
 
-    def __init__(self, networks: tuple[str, str], method: str) -> None:
-        self.networks, self.method = networks, method
+    def __init__(self, networks: tuple[str, str], method: str, comparable: bool) -> None:
+        self.networks, self.method, self.comparable = networks, method, comparable
         self.images = 0
         self.sums, self.known = np.zeros(3), np.zeros(3)
         self.same = 0
@@ -331,7 +336,7 @@ class _PairPass:
         ids = np.intersect1d(first.column("image_id"), second.column("image_id"))
         first, second = first.of(ids), second.of(ids)
         alike = np.stack(likeness(first, second))
-        same = first.column("class_name") == second.column("class_name")
+        same = self.comparable & (first.column("class_id") == second.column("class_id"))
         self.images += len(ids)
         self.same += int(same.sum())
         self.sums += np.nansum(alike, 1)
@@ -345,7 +350,7 @@ class _PairPass:
             networks=self.networks,
             method=self.method,
             images=self.images,
-            same=_share(self.same, self.images),
+            same=_share(self.same, self.images) if self.comparable else float("nan"),
             moved=moved,
             correlation=correlation,
             iou=iou,

@@ -90,7 +90,7 @@ class Weights:
 
         Args:
             network: its name.
-            head: the kind of its head, see `scacam.heads.Head`.
+            head: the kind of its head, see `scacam.networks.head.Head`.
             cells: positions of its feature map, the paper's `Z`.
             class_weights: `[classes, C]`, or None if it has none.
             categories: the names of its classes, or None.
@@ -130,7 +130,7 @@ class Weights:
                 "network": self.network,
                 "head": self.head,
                 "class_id": class_id,
-                "class_name": self.categories[class_id] if self.categories else None,
+                "class_name": self.categories[class_id] if self.categories else f"class {class_id}",
                 "images": count,
                 "averaged_gradients": self._sums[class_id] / count,
                 "verdict": verdict(self.head, self.cells),

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 
 from scacam.audit.maps import TopMaps
+from scacam.localization import interpolation
 
 __all__ = ["Likeness", "box_iou", "energy", "likeness", "standard_ranks"]
 
@@ -64,9 +65,8 @@ def _sampled(heatmaps: np.ndarray, views: np.ndarray, area: np.ndarray) -> np.nd
     for axis, length in ((1, heatmaps.shape[1]), (0, heatmaps.shape[2])):
         low, high = area[:, axis, None], area[:, axis + 2, None]
         start, end = views[:, axis, None], views[:, axis + 2, None]
-        cells = (low + steps * (high - low) - start) / (end - start) * length - 0.5
-        cells = cells.clip(0, length - 1)[..., None]
-        matrices.append((1 - np.abs(cells - np.arange(length))).clip(min=0))
+        points = (low + steps * (high - low) - start) / (end - start)
+        matrices.append(interpolation(length, points))
     return matrices[0] @ heatmaps @ matrices[1].transpose(0, 2, 1)
 
 

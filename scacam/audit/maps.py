@@ -62,11 +62,8 @@ def top_maps(run: Run, network: str, image_ids: np.ndarray) -> dict[str, TopMaps
     """
     if not len(image_ids):
         return {}
-    field = pc.field("image_id")
-    these = (field >= int(image_ids.min())) & (field <= int(image_ids.max()))
-    if len(image_ids) <= image_ids.max() - image_ids.min():
-        these = these & field.isin(pa.array(image_ids))
-    table = run.explanations(network, where=(pc.field("rank") == 1) & these).to_table()
+    top = pc.field("rank") == 1
+    table = run.explanations(network, where=top, image_ids=image_ids).to_table()
     found = {}
     for method in run.networks[network]["methods"]:
         rows = table.filter(pc.field("method") == method).sort_by("image_id")

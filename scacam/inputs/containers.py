@@ -16,7 +16,10 @@ from scacam.storage import locate, read_bytes
 
 __all__ = ["IMAGE_SUFFIXES", "Member", "image_column", "members", "read_image"]
 
-IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff")
+IMAGE_SUFFIXES = (
+    *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    *(".avif", ".heic", ".heif", ".jp2", ".j2k", ".ppm", ".pgm", ".pbm", ".pnm", ".tga"),
+)
 
 _BYTES_COLUMNS = ("image", "img", "bytes", "content", "jpg", "jpeg", "png", "webp")
 _one_at_a_time = Lock()

@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import pyarrow.compute as pc
+import numpy as np
+import pyarrow as pa
 from PIL import Image
 
 from scacam.drawing import fit, grey
@@ -23,7 +24,7 @@ from scacam.storage import join, write_bytes
 
 logger = logging.getLogger("scacam")
 
-_AT_ONCE = 64
+_AT_ONCE = 512
 _SIZE = 320, 240
 _CLASSES = 5
 _NAME_LENGTH = 60
@@ -80,15 +81,18 @@ def draw(run: Run, folder: str, limit: int | None = None) -> int:
 
 def images(run: Run) -> Iterator[tuple[int, dict[str, list[dict[str, Any]]]]]:
     """Each image of the run with its explanations by network, a few images in memory at a time."""
-    ids = run.manifest["image_id"]
-    for start in range(0, len(ids), _AT_ONCE):
-        these = ids.slice(start, _AT_ONCE)
-        where = pc.field("image_id").isin(these.combine_chunks())
-        found: dict[int, dict[str, list[dict[str, Any]]]] = {}
+    for start in range(0, len(run.image_ids), _AT_ONCE):
+        ids = run.image_ids[start : start + _AT_ONCE]
+        found: dict[int, dict[str, pa.Table]] = {}
         for network in run.networks:
-            for row in run.explanations(network, where=where).to_table().to_pylist():
-                found.setdefault(row["image_id"], {}).setdefault(network, []).append(row)
-        yield from sorted(found.items())
+            table = run.explanations(network, image_ids=ids).to_table()
+            owners = table["image_id"].to_numpy()
+            for each, first, count in zip(
+                *np.unique(owners, return_index=True, return_counts=True), strict=True
+            ):  # the rows of an image lie together in its shard
+                found.setdefault(int(each), {})[network] = table.slice(first, count)
+        for image_id, tables in sorted(found.items()):
+            yield image_id, {network: rows.to_pylist() for network, rows in tables.items()}
 
 
 def picture(run: Run, rows: dict[str, list[dict[str, Any]]]) -> Image.Image:

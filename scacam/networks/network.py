@@ -84,6 +84,10 @@ class Network:
         """`[classes, C]`, from pooled channels to logits; None if the classifier is not linear."""
         return self.head.class_weights(self.module)
 
+    def class_name(self, class_id: int) -> str:
+        """The name of a class; "class 7" where the categories are not known."""
+        return f"class {class_id}" if self.categories is None else self.categories[class_id]
+
     def supports(self, method: str) -> bool:
         """Whether a method of `scacam.methods.METHODS` has maps for this network."""
         return self.head.kind != "general" or not METHODS[method].needs_class_weights

@@ -166,13 +166,12 @@ class Explain:
         heatmaps, scales = pack_heatmaps(maps.reshape(-1, *maps.shape[-2:])[chosen])
         rows, height, width = heatmaps.shape
         ids = per_row(class_ids)
-        names = self.network.categories
         absent = pa.nulls(rows, pa.float32())
         view_rows = np.repeat(views, classes * len(methods), axis=0)[chosen]
         columns = {
             **{name: view_rows[:, i] for i, name in enumerate(EXPLANATION.names[:4])},
             "class_id": ids.astype(np.int32),
-            "class_name": pa.nulls(rows, pa.string()) if names is None else [names[i] for i in ids],
+            "class_name": [self.network.class_name(i) for i in ids],
             "rank": pa.array(per_row(ranks).astype(np.int16), mask=per_row(only_label)),
             "probability": per_row(explained["probabilities"]),
             "method": np.tile(np.array(methods, dtype=object), count * classes)[chosen],

@@ -3,8 +3,6 @@
 from collections.abc import Iterable, Sequence
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from scacam.audit.attention import Objects
@@ -40,8 +38,8 @@ class Gallery:
     def load(self) -> None:
         """Read what was asked for."""
         for network, wanted in self._wanted.items():
-            these = pc.field("image_id").isin(pa.array(sorted(wanted), pa.int64()))
-            for batch in self.run.explanations(network, where=these).to_batches():
+            found = self.run.explanations(network, image_ids=sorted(wanted))
+            for batch in found.to_batches():
                 for row in batch.to_pylist():
                     self._rows.setdefault((network, row["image_id"]), []).append(row)
                     self._names[network, row["class_id"]] = row["class_name"]

@@ -99,10 +99,9 @@ class _Content:
         """Images evenly spaced through those explained, few enough for all methods' pictures."""
         pictures = sum(len(network.methods) for network in self.networks)
         count = max(1, min(_SPREAD, _MATRIX // pictures))
-        ids = self.run.manifest["image_id"]
-        ids = ids.filter(pc.invert(pc.is_in(ids, self.run.errors["image_id"].combine_chunks())))
+        ids = np.setdiff1d(self.run.image_ids, self.run.errors["image_id"].to_numpy())
         places = np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)
-        return [int(image_id) for image_id in ids.take(places).to_pylist()]
+        return ids[places].tolist()
 
     def _examples(self, network: NetworkAudit) -> dict[int, list[int]]:
         """Images of the classes that are shown, the most confident ones, by class."""
@@ -133,12 +132,12 @@ class _Content:
         config, notices = self.run.config, []
         if config.get("status") != "complete":
             notices.append(f"This run is {config.get('status')}, not complete.")
-        expected = len(self.run.manifest) - len(self.run.errors)
+        images = len(self.run.image_ids)
         for name in self.run.networks:
-            missing = expected - self.found.networks[name].images
+            missing = images - len(self.run.errors) - self.found.networks[name].images
             if missing:
                 notices.append(
-                    f"{missing:,} of {len(self.run.manifest):,} images have neither explanations "
+                    f"{missing:,} of {images:,} images have neither explanations "
                     f"of {name} nor an error: shards are missing."
                 )
         notices += [

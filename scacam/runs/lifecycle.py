@@ -11,6 +11,7 @@ from scacam.runs.proof import Proof, explained_ids, shards_of
 from scacam.runs.record import differences, read_record, write_record
 from scacam.storage import join, locate
 from scacam.storage.parquet import write_table
+from scacam.tables import ERRORS
 
 __all__ = ["ID", "begin", "checkpoint_path", "complete", "refuse_output", "retry_errors"]
 
@@ -102,7 +103,14 @@ def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
 
 
 def complete(output: str, record: dict[str, Any], proof: Proof) -> None:
-    """Write the index, mark the run complete, and only then forget the checkpoint."""
+    """Write the index, mark the run complete, and only then forget the checkpoint.
+
+    Without errors their table is empty, but it is there: queries need not ask.
+    """
+    if not proof.errors:
+        filesystem, path = locate(join(output, "errors"))
+        filesystem.create_dir(path, recursive=True)
+        write_table(join(output, "errors/none.parquet"), ERRORS.empty_table())
     write_table(join(output, "index.parquet"), proof.index)
     write_record(output, record)
     filesystem, path = locate(checkpoint_path(output))

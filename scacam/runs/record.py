@@ -6,8 +6,9 @@ from typing import Any
 
 from scacam.errors import RunError
 from scacam.storage import join, read_bytes, write_bytes
+from scacam.tables import SCHEMA_VERSION
 
-__all__ = ["differences", "read_record", "write_record"]
+__all__ = ["differences", "read_record", "same_classes", "write_record"]
 
 _FINGERPRINT = (
     "schema_version",
@@ -24,17 +25,31 @@ _FINGERPRINT = (
 
 
 def read_record(output: str) -> dict[str, Any] | None:
-    """The output's `run.json`, or None if there is none."""
+    """The output's `run.json`, or None if there is none.
+
+    Raises:
+        RunError: it cannot be read, describes no run, or a newer version of scacam wrote it.
+    """
+    path = join(output, "run.json")
     try:
-        return json.loads(read_bytes(join(output, "run.json")))
+        record = json.loads(read_bytes(path))
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise RunError(f"{output}/run.json is no JSON ({error}); delete this output") from error
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {path}: {error}") from error
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if not isinstance(version, int):
+        raise RunError(f"{path} does not describe a run: it has no schema_version")
+    if version > SCHEMA_VERSION:
+        raise RunError(
+            f"{output} has schema version {version}, but this scacam reads only up to "
+            f"{SCHEMA_VERSION}; install a newer scacam"
+        )
+    return record
 
 
 def write_record(output: str, record: dict[str, Any]) -> None:
-    """Write `run.json`; on local disk, too, all of it or nothing."""
+    """Write `run.json`, all of it or nothing."""
     write_bytes(join(output, "run.json"), json.dumps(record, indent=2).encode())
 
 
@@ -45,6 +60,16 @@ def differences(existing: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     after = dict(_flat({key: wanted.get(key) for key in _FINGERPRINT}))
     pairs = {key: [before.get(key), after.get(key)] for key in {**before, **after}} | versions
     return [f"{key}: {old} → {new}" for key, (old, new) in pairs.items() if old != new]
+
+
+def same_classes(first: dict[str, Any], second: dict[str, Any]) -> bool:
+    """Whether a class id means the same to two networks, as `run.json` describes them.
+
+    It does if they have equally many classes and the same category names. Where the names of one
+    are not known, they are taken for those of the other.
+    """
+    names = {network.get("categories_sha256") for network in (first, second)} - {None}
+    return first["num_classes"] == second["num_classes"] and len(names) < 2
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

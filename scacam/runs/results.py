@@ -4,10 +4,9 @@ Needs neither torch nor Ray, works on local folders and object storage, and neve
 that a file holds.
 """
 
-import json
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,8 +19,11 @@ from scacam.drawing import blend, draw_box, grey
 from scacam.errors import ImageError, RunError
 from scacam.images import decode
 from scacam.inputs.containers import read_image
-from scacam.storage import join, locate, read_bytes
-from scacam.tables import ERRORS, SCHEMA_VERSION, unpack_heatmaps
+from scacam.localization import interpolation
+from scacam.runs.record import read_record
+from scacam.storage import join, locate
+from scacam.storage.parquet import read_columns
+from scacam.tables import ERRORS, unpack_heatmaps
 
 __all__ = ["Row", "Run", "open_run"]
 
@@ -36,23 +38,11 @@ def open_run(path: str) -> "Run":
         path: the output of a job, a folder or `s3://bucket/key`.
 
     Raises:
-        RunError: there is no run, or a newer version of scacam wrote it.
+        RunError: there is no run, it cannot be read, or a newer version of scacam wrote it.
     """
-    record = join(path, "run.json")
-    try:
-        config = json.loads(read_bytes(record))
-    except FileNotFoundError as error:
-        raise RunError(f"{path} holds no run: no run.json there; name a job's output") from error
-    except (OSError, ValueError) as error:
-        raise RunError(f"cannot read {record}: {error}") from error
-    version = config.get("schema_version") if isinstance(config, dict) else None
-    if not isinstance(version, int):
-        raise RunError(f"{record} does not describe a run: it has no schema_version")
-    if version > SCHEMA_VERSION:
-        raise RunError(
-            f"{path} has schema version {version}, but this scacam reads only up to "
-            f"{SCHEMA_VERSION}; install a newer scacam"
-        )
+    config = read_record(path)
+    if config is None:
+        raise RunError(f"{path} holds no run: no run.json there; name a job's output")
     return Run(path, config)
 
 
@@ -68,6 +58,7 @@ class Run:
         self.path = path
         self.config = config
         self._datasets: dict[str, ds.Dataset] = {}
+        self._shards: dict[str, _Shards] = {}
 
     @property
     def networks(self) -> dict[str, dict[str, Any]]:
@@ -81,8 +72,14 @@ class Run:
 
     @cached_property
     def manifest(self) -> pa.Table:
-        """The images of the run: image_id, uri, label."""
-        return self._dataset("manifest.parquet").to_table()
+        """The images of the run: image_id, uri, label, and as far as known size and offset."""
+        manifest = self._dataset("manifest.parquet")
+        return manifest.scanner(_columns(manifest.schema.names)).to_table()
+
+    @cached_property
+    def image_ids(self) -> np.ndarray:
+        """The ids of all images of the run, int64, in the order of the manifest."""
+        return self._dataset("manifest.parquet").to_table(["image_id"])["image_id"].to_numpy()
 
     @cached_property
     def errors(self) -> pa.Table:
@@ -95,14 +92,18 @@ class Run:
         method: str | None = None,
         columns: Sequence[str] | None = None,
         where: pc.Expression | None = None,
+        image_ids: Sequence[int] | np.ndarray | None = None,
     ) -> ds.Scanner:
         """Explanations, one row per image, network, class and method. Nothing is read yet.
+
+        A class without a name is called "class 7", and a label below 0 is none, whatever is stored.
 
         Args:
             network: only this one's. Left out, those of all, without their heatmaps.
             method: only this one's.
             columns: only these; left out, all there are.
             where: a further condition, such as `pyarrow.compute.field("rank") == 1`.
+            image_ids: only these images'. In a complete run, other shards are not opened.
 
         Returns:
             A scanner: `to_batches()` streams it, `to_table().to_pandas()` makes it a frame.
@@ -126,12 +127,15 @@ class Run:
         if network is None:
             if "heatmap" in (columns or ()):
                 raise RunError("networks differ in the size of heatmaps: read one at a time")
-            heatmap = explanations.schema.get_field_index("heatmap")
-            explanations = explanations.replace_schema(explanations.schema.remove(heatmap))
+            names.remove("heatmap")
         for name in columns or ():
             self._check_known("column", name, names)
+        if image_ids is not None:
+            ids = np.unique(np.asarray(image_ids, dtype=np.int64))
+            explanations = self._shards_with(folder, ids)
+            condition = condition & _among(ids)
         return explanations.scanner(
-            columns=None if columns is None else [*columns], filter=condition
+            _columns(names if columns is None else columns), filter=condition
         )
 
     def heatmap(self, row: Row, on_image: bool = False) -> np.ndarray:
@@ -198,19 +202,56 @@ class Run:
                 return self._dataset(path)
         return None
 
+    @property
+    def _explanations(self) -> str:
+        return locate(join(self.path, "explanations"))[1]
+
     def _has(self, name: str) -> bool:
         filesystem, path = locate(join(self.path, name))
         return filesystem.get_file_info(path).type != fs.FileType.NotFound
 
     def _place(self, image_id: int) -> dict[str, int | None]:
         """Where in its container an image lies, as far as the manifest says."""
-        names = [name for name in ("offset", "size") if name in self.manifest.column_names]
-        return self.manifest.select(names).slice(image_id, 1).to_pylist()[0] if names else {}
+        manifest = self._dataset("manifest.parquet")
+        names = [name for name in ("offset", "size") if name in manifest.schema.names]
+        row = manifest.to_table(names, filter=pc.field("image_id") == image_id)
+        return row.to_pylist()[0] if names else {}
 
     def _dataset(self, name: str) -> ds.Dataset:
         if name not in self._datasets:
             self._datasets[name] = self._open(name)
         return self._datasets[name]
+
+    def _shards_with(self, folder: str, ids: np.ndarray) -> ds.Dataset:
+        """Those shards of a folder that may hold some of these images, whose ids are sorted."""
+        whole = self._dataset(folder)
+        if folder not in self._shards:
+            self._shards[folder] = self._bounded(whole.files)
+        shards = self._shards[folder]
+        wanted = np.searchsorted(ids, shards.first) < np.searchsorted(ids, shards.last, "right")
+        paths = shards.paths[wanted].tolist()
+        # Not the fragments of the whole dataset: they would keep the metadata of their files.
+        return ds.FileSystemDataset.from_paths(
+            paths,
+            schema=whole.schema,
+            format=whole.format,
+            filesystem=whole.filesystem,
+            partitions=[
+                whole.partitioning.parse(path.removeprefix(self._explanations)) for path in paths
+            ],
+        )
+
+    def _bounded(self, paths: Sequence[str]) -> "_Shards":
+        """Shards with the ids that the index says; what it does not know may hold any image."""
+        filesystem, root = locate(self.path)
+        known = {}
+        if self._has("index.parquet"):
+            columns = ("path", "first_image_id", "last_image_id")
+            index = read_columns(filesystem, join(root, "index.parquet"), columns)
+            rows = zip(*(index[name].to_pylist() for name in columns), strict=True)
+            known = {join(root, path): (first, last) for path, first, last in rows}
+        ends = np.array([known.get(path, (0, np.iinfo(np.int64).max)) for path in paths])
+        return _Shards(np.array(paths, dtype=object), *ends.reshape(-1, 2).T)
 
     def _open(self, name: str) -> ds.Dataset:
         filesystem, path = locate(join(self.path, name))
@@ -220,7 +261,7 @@ class Run:
                 format="parquet",
                 filesystem=filesystem,
                 partitioning=ds.partitioning(pa.schema([("network", pa.string())]), flavor="hive"),
-                partition_base_dir=locate(join(self.path, "explanations"))[1],
+                partition_base_dir=self._explanations,
             )
         except (OSError, pa.ArrowInvalid) as error:
             raise RunError(f"cannot read {join(self.path, name)}: {error}") from error
@@ -233,10 +274,44 @@ class Run:
 _BOX = ("box_x0", "box_y0", "box_x1", "box_y1")
 
 
+class _Shards(NamedTuple):
+    """The shards of a folder: their paths, and their first and last image ids."""
+
+    paths: np.ndarray
+    first: np.ndarray
+    last: np.ndarray
+
+
+_MENDED = {
+    "class_name": pc.coalesce(
+        pc.field("class_name"),
+        pc.binary_join_element_wise(
+            pc.scalar("class"), pc.field("class_id").cast(pa.string()), pc.scalar(" ")
+        ),
+    ),
+    "label": pc.if_else(
+        pc.field("label") >= 0, pc.field("label"), pc.scalar(pa.scalar(None, pa.int32()))
+    ),
+}
+"""Columns that runs may hold as they should not be read."""
+
+
+def _columns(names: Sequence[str]) -> dict[str, pc.Expression]:
+    return {name: _MENDED.get(name, pc.field(name)) for name in names}
+
+
+def _among(ids: np.ndarray) -> pc.Expression:
+    """A condition on `image_id`, whose first part can be judged by the statistics of a shard."""
+    field = pc.field("image_id")
+    if not len(ids):
+        return pc.scalar(False)
+    return (field >= int(ids[0])) & (field <= int(ids[-1])) & field.isin(pa.array(ids))
+
+
 def _on_image(heatmap: np.ndarray, row: Row, size: tuple[int, int]) -> np.ndarray:
     """Upsample a map onto its image in any width and height, NaN outside of the view."""
     rows, columns = (
-        _interpolation(
+        _within(
             length,
             (np.arange(pixels) + 0.5) * float(row[whole]) / pixels,
             float(row[f"view_{axis}0"]),
@@ -249,10 +324,8 @@ def _on_image(heatmap: np.ndarray, row: Row, size: tuple[int, int]) -> np.ndarra
     return rows @ heatmap @ columns.T
 
 
-def _interpolation(length: int, points: np.ndarray, start: float, end: float) -> np.ndarray:
-    """The matrix `[points, length]` that interpolates linearly between the cells of a view."""
-    cells = (points - start) / (end - start) * length - 0.5
-    places = cells.clip(0, length - 1)[:, None]
-    matrix = (1 - np.abs(places - np.arange(length))).clip(min=0)
+def _within(length: int, points: np.ndarray, start: float, end: float) -> np.ndarray:
+    """The interpolation from `length` cells of a view to points of the image, NaN outside of it."""
+    matrix = interpolation(length, (points - start) / (end - start))
     matrix[(points < start) | (points >= end)] = np.nan
     return matrix.astype(np.float32)
