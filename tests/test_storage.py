@@ -23,7 +23,9 @@ from servers import BUCKET, LIMITED_KEY, ObjectStore, Proxy
 
 from scacam.errors import RunError
 from scacam.inputs.manifest import read_manifest
+from scacam.runs.lifecycle import begin
 from scacam.runs.lock import locked
+from scacam.runs.record import write_record
 from scacam.storage import (
     OUT_OF_REACH,
     PATIENCE_S,
@@ -346,6 +348,18 @@ def test_a_renewal_that_was_not_answered_is_no_loss(store, monkeypatch):
             write_bytes(f"{output}/.lock", read_bytes(f"{output}/.lock") + b"again")
             time.sleep(0.3)
     assert read_bytes(f"{output}/.lock") == b""
+
+
+def test_a_run_with_its_checkpoint_beside_the_output_is_not_continued(tmp_path):
+    record = {"schema_version": 1, "images": 1, "versions": {"scacam": "0"}}
+    running = begin(str(tmp_path), record, pa.table({"uri": ["a"]}))
+    assert begin(str(tmp_path), record, pa.table({"uri": ["a"]})) == running
+    del running["checkpoint"]
+    write_record(str(tmp_path), running)
+    with pytest.raises(RunError, match="kept its checkpoint beside"):
+        begin(str(tmp_path), record, pa.table({"uri": ["a"]}))
+    write_record(str(tmp_path), running | {"status": "complete"})
+    assert begin(str(tmp_path), record, pa.table({"uri": ["a"]}))["status"] == "complete"
 
 
 class Heedless(Proxy):
