@@ -19,7 +19,7 @@ from obstore.exceptions import BaseError
 from obstore.store import S3Store
 from pyarrow import fs
 
-from scacam.storage.files import locate
+from scacam.storage.files import OUT_OF_REACH, locate
 from scacam.storage.stores import Store, errors_of_the_store, http_status
 
 __all__ = ["Bucket", "open_bucket"]
@@ -86,7 +86,7 @@ class Bucket(Store):
             if endpoint:
                 region = os.environ.get("AWS_REGION") or session.get_config_variable("region")
             else:
-                region = fs.resolve_s3_region(bucket)
+                region = _region(bucket)
             credentials = session.get_credentials()
         region = region or "us-east-1"
         super().__init__(
@@ -324,6 +324,16 @@ class _Object(io.RawIOBase):
         content = self.read(len(buffer))
         buffer[: len(content)] = content
         return len(content)
+
+
+def _region(bucket: str) -> str:
+    """Where Amazon keeps a bucket; anybody may ask."""
+    try:
+        return fs.resolve_s3_region(bucket)
+    except OSError as error:
+        if "not found" in str(error):  # pyarrow has but one class for all that may be wrong
+            raise FileNotFoundError(str(error)) from error
+        raise ConnectionError(f"{OUT_OF_REACH}: {error}") from error
 
 
 def _handler(bucket: str) -> Bucket:
