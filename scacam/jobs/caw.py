@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import ray
 import ray.data
 
@@ -33,7 +32,8 @@ from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
 from scacam.pipeline.share import share
 from scacam.runs.lock import locked
-from scacam.storage import join, locate
+from scacam.storage import join
+from scacam.storage.parquet import write_table
 
 if TYPE_CHECKING:
     from scacam.networks import Network
@@ -108,14 +108,11 @@ def run(
     manifest = read_manifest(input, limit).table
     loaded = load_networks(networks, target_layer, categories, output_kind)
     path = join(output, "metrics/caw.parquet")
-    filesystem, inner_path = locate(path)
-    filesystem.create_dir(inner_path.rpartition("/")[0], recursive=True)
     with locked(output):
         start_ray()
         weights, errors = weigh(manifest, loaded, batch_size)
         tables = [of_network.table() for of_network in weights]
-        with filesystem.open_output_stream(inner_path) as file:
-            pyarrow.parquet.write_table(pa.concat_tables(tables), file, compression="zstd")
+        write_table(path, pa.concat_tables(tables))
     return Result(path, weights, len(manifest), errors)
 
 

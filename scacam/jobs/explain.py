@@ -54,7 +54,7 @@ from scacam.runs.describe import describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output
 from scacam.runs.lock import locked
 from scacam.runs.proof import prove
-from scacam.storage import join, locate
+from scacam.storage import OUT_OF_REACH, join, locate
 
 logger = logging.getLogger("scacam")
 
@@ -352,6 +352,7 @@ def explain(
     context.enable_progress_bars = False
     context.wait_for_min_actors_s = _STALLED_S
     context.execution_no_progress_timeout_s = _STALLED_S
+    context.retried_io_errors.append(OUT_OF_REACH)
     context.checkpoint_config = checkpoint(options.output)
 
     filesystem, manifest_path = locate(join(options.output, "manifest.parquet"))

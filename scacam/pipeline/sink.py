@@ -2,14 +2,13 @@
 
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet
 import ray
-from pyarrow import fs
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import BlockBasedFileDatasink
 
@@ -17,6 +16,7 @@ from scacam.errors import RunError
 from scacam.pipeline.progress import taken_up
 from scacam.pipeline.rows import explanations_column
 from scacam.storage import join, locate, patiently
+from scacam.storage.parquet import write_table
 from scacam.tables import ERRORS, explanations
 
 __all__ = ["ShardSink"]
@@ -49,7 +49,8 @@ class ShardSink(BlockBasedFileDatasink):
             explained_before: images explained before, of a run whose errors are tried again.
         """
         filesystem, path = locate(output)
-        super().__init__(path, filesystem=filesystem, file_format="parquet")
+        super().__init__(path, filesystem=filesystem, file_format="parquet", try_create_dir=False)
+        self.output = output
         self.map_shapes = map_shapes
         self.tally = tally
         self.max_error_rate = max_error_rate
@@ -98,12 +99,10 @@ class ShardSink(BlockBasedFileDatasink):
             )
 
     def _write_shard(self, folder: str, name: str, rows: pa.Table) -> None:
-        path = join(self.path, folder, name)
+        path = join(self.output, folder, name)
         if len(rows):
-            self.filesystem.create_dir(join(self.path, folder), recursive=True)
-            with self.open_output_stream(path) as file:
-                # A dictionary of heatmaps, which hardly repeat, would only keep zstd from its work.
-                plain = [column for column in rows.column_names if column != "heatmap"]
-                pyarrow.parquet.write_table(rows, file, compression="zstd", use_dictionary=plain)
-        elif self.filesystem.get_file_info(path).type == fs.FileType.File:
-            self.filesystem.delete_file(path)  # an earlier attempt of this task had such rows
+            write_table(path, rows, plain=["heatmap"])
+        else:  # an earlier attempt of this task may have had such rows
+            filesystem, inner_path = locate(path)
+            with suppress(FileNotFoundError):
+                filesystem.delete_file(inner_path)

@@ -16,11 +16,12 @@ from scacam.tables import ERRORS
 __all__ = ["ID", "begin", "checkpoint_path", "complete", "refuse_output", "retry_errors"]
 
 ID = "image_id"
+_CHECKPOINT = ".checkpoint"
 
 
 def checkpoint_path(output: str) -> str:
-    """The folder of the checkpoint of a run."""
-    return output.rstrip("/") + ".checkpoint"
+    """The folder of the checkpoint of a run, below the output: it may be all one may write to."""
+    return join(output, _CHECKPOINT)
 
 
 def refuse_output(output: str) -> None:
@@ -57,8 +58,9 @@ def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, 
     if existing is None:
         _forget_checkpoint(output)  # of a run whose output was deleted
         write_table(join(output, "manifest.parquet"), manifest)
-        write_record(output, {"status": "running", **record})
-        return {"status": "running", **record}
+        running = {"status": "running", "checkpoint": _CHECKPOINT, **record}
+        write_record(output, running)
+        return running
     told = differences(existing, record)
     if told:
         raise RunError(
@@ -68,6 +70,11 @@ def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, 
         )
     if existing["status"] == "complete":
         _forget_checkpoint(output)  # completing it was cut off before its last step
+    elif "checkpoint" not in existing:
+        raise RunError(
+            f"the run in {output} was begun by a scacam that kept its checkpoint beside the "
+            "output; complete it with that one, or choose another output"
+        )
     if existing["status"] == "retrying":
         return _forget_errors(output, existing)
     return existing
@@ -81,8 +88,9 @@ def retry_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
     """
     if record["status"] == "running":
         return record
-    write_record(output, {**record, "status": "retrying"})
-    return _forget_errors(output, record)
+    retrying = {**record, "status": "retrying", "checkpoint": _CHECKPOINT}
+    write_record(output, retrying)
+    return _forget_errors(output, retrying)
 
 
 def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
@@ -90,9 +98,7 @@ def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
     _forget_checkpoint(output)
     filesystem, _ = locate(output)
     done = explained_ids(output, record["networks"][0]["name"])
-    folder = checkpoint_path(output)
-    locate(folder)[0].create_dir(locate(folder)[1], recursive=True)
-    write_table(join(folder, "explained.parquet"), pa.table({ID: done}))
+    write_table(join(checkpoint_path(output), "explained.parquet"), pa.table({ID: done}))
     for shard in shards_of(output, "errors"):
         filesystem.delete_file(shard.path)
     running = {**record, "status": "running"}
@@ -106,8 +112,6 @@ def complete(output: str, record: dict[str, Any], proof: Proof) -> None:
     Without errors their table is empty, but it is there: queries need not ask.
     """
     if not proof.errors:
-        filesystem, path = locate(join(output, "errors"))
-        filesystem.create_dir(path, recursive=True)
         write_table(join(output, "errors/none.parquet"), ERRORS.empty_table())
     write_table(join(output, "index.parquet"), proof.index)
     write_record(output, record)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from scacam.errors import RunError
-from scacam.storage import join, locate, read_bytes
+from scacam.storage import join, read_bytes, write_bytes
 from scacam.tables import SCHEMA_VERSION
 
 __all__ = ["differences", "read_record", "same_classes", "write_record"]
@@ -52,11 +52,8 @@ def read_record(output: str) -> dict[str, Any] | None:
 
 
 def write_record(output: str, record: dict[str, Any]) -> None:
-    """Write `run.json` beside the old one, then move it there: no process that dies halves it."""
-    filesystem, path = locate(join(output, "run.json"))
-    with filesystem.open_output_stream(path + ".new") as file:
-        file.write(json.dumps(record, indent=2).encode())
-    filesystem.move(path + ".new", path)
+    """Write `run.json`, all of it or nothing."""
+    write_bytes(join(output, "run.json"), json.dumps(record, indent=2).encode())
 
 
 def differences(existing: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
