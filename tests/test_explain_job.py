@@ -213,7 +213,7 @@ def test_the_record_says_what_ran(finished):
     assert squeezenet["sha256"] == load_network("squeezenet1_1", "random").digest()
     index = pd.read_parquet(output / "index.parquet")
     assert index.groupby("network")["images"].sum().to_dict() == dict.fromkeys(NETWORKS, len(good))
-    assert not (output.parent / "out.checkpoint").exists()
+    assert not (output / ".checkpoint").exists()
 
 
 def test_a_finished_run_is_left_alone(finished, capsys):

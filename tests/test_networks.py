@@ -21,7 +21,7 @@ from scacam.images import see
 from scacam.jobs.options import add_network_options, load_networks
 from scacam.methods import METHODS
 from scacam.networks.target import TargetLayer
-from scacam.storage.files import _filesystem
+from scacam.storage.s3 import open_bucket
 
 torch.set_num_threads(1)  # more of them only wait for each other on networks this small
 
@@ -300,7 +300,7 @@ def test_a_checkpoint_on_object_storage(
     store = ObjectStore(tmp_path)
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
-    _filesystem.cache_clear()  # other tests' stores had the same name
+    open_bucket.cache_clear()  # other tests' stores had the same name
     try:
         (tmp_path / "weights").mkdir()
         torch.save({"model": trained}, tmp_path / "weights" / "best.pth")
@@ -310,7 +310,7 @@ def test_a_checkpoint_on_object_storage(
         with pytest.raises(NetworkError, match="cannot read checkpoint s3://"):
             load_network(SOURCE, f"s3://{BUCKET}/models/none.pth")
     finally:
-        _filesystem.cache_clear()
+        open_bucket.cache_clear()
         store.stop()
 
 

@@ -17,7 +17,7 @@ from pyarrow import fs
 
 from scacam.errors import RunError
 from scacam.inputs.containers import IMAGE_SUFFIXES
-from scacam.storage import locate, read_bytes
+from scacam.storage import locate, read_bytes, uri_of
 
 __all__ = ["LAYOUTS", "DataSet", "Example", "Root", "read_text"]
 
@@ -69,9 +69,9 @@ class Root:
             infos = filesystem.get_file_info(fs.FileSelector(inner_path, recursive=True))
         except (OSError, ValueError) as error:
             raise RunError(f"cannot list {path}: {error}") from error
-        scheme = path.partition("://")[0] + "://" if "://" in path else ""
-        self.path = scheme + inner_path
-        self.files = sorted(scheme + info.path for info in infos if info.type == fs.FileType.File)
+        self.path = uri_of(path, inner_path)
+        files = (info.path for info in infos if info.type == fs.FileType.File)
+        self.files = sorted(uri_of(path, file) for file in files)
         self.images = [file for file in self.files if file.lower().endswith(IMAGE_SUFFIXES)]
         self.left_out: Counter[str] = Counter()
 

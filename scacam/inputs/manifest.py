@@ -1,5 +1,6 @@
 """From an input to the manifest: one row per image, in a fixed order."""
 
+import posixpath
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -12,7 +13,7 @@ from pyarrow import fs
 
 from scacam.errors import RunError
 from scacam.inputs.containers import IMAGE_SUFFIXES, Member, members
-from scacam.storage import locate
+from scacam.storage import locate, uri_of
 from scacam.tables import MANIFEST
 
 __all__ = ["Manifest", "read_manifest", "refuse_unknown_labels"]
@@ -67,14 +68,13 @@ def read_manifest(source: str, limit: int | None = None) -> Manifest:
 
 
 def _from_folder(filesystem: fs.FileSystem, path: str, source: str) -> tuple[pa.Table, int]:
-    scheme = source.partition("://")[0] + "://" if "://" in source else ""
     infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
     files = sorted((i for i in infos if i.type == fs.FileType.File), key=lambda info: info.path)
     images = [info for info in files if info.path.lower().endswith(IMAGE_SUFFIXES)]
     if images:
-        uris = [scheme + info.path for info in images]
+        uris = [uri_of(source, info.path) for info in images]
         return _table(uris, sizes=[info.size for info in images]), len(files) - len(images)
-    containers = [scheme + i.path for i in files if i.path.lower().endswith(_CONTAINERS)]
+    containers = [uri_of(source, i.path) for i in files if i.path.lower().endswith(_CONTAINERS)]
     inside = (member for container in containers for member in members(container))
     return _from_members(inside), len(files) - len(containers)
 
@@ -104,7 +104,10 @@ def _from_file(filesystem: fs.FileSystem, path: str, source: str) -> pa.Table:
     folder = _absolute(source).rpartition("/")[0]
     relative = pc.invert(pc.match_substring_regex(uris, r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"))
     if pc.any(relative).as_py():
-        uris = pc.if_else(relative, pc.binary_join_element_wise(folder, uris, "/"), uris)
+        joined = pc.binary_join_element_wise(folder, uris, "/")
+        if "://" in folder:  # a disk follows ./ and ../ by itself, in a store they would be names
+            joined = pa.array([_resolved(uri) for uri in joined.to_pylist()])
+        uris = pc.if_else(relative, joined, uris)
     return _table(uris, labels=_labels(given, source))
 
 
@@ -162,5 +165,11 @@ def _refuse(table: pa.Table, wrong: pa.Array, message: str) -> None:
         raise RunError(f"{message}: {len(rows)} rows, the first {first}")
 
 
+def _resolved(uri: str) -> str:
+    scheme, separator, path = uri.partition("://")
+    dotted = not {".", ".."}.isdisjoint(path.split("/"))
+    return scheme + separator + posixpath.normpath(path) if dotted else uri
+
+
 def _absolute(source: str) -> str:
-    return source if "://" in source else locate(source)[1]
+    return uri_of(source, locate(source)[1])

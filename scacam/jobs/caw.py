@@ -10,12 +10,10 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import ray
 import ray.data
 
@@ -27,13 +25,15 @@ from scacam.jobs.options import (
     refuse_below_one,
     seconds_per_image,
 )
-from scacam.pipeline.cluster import TASK_CPUS, allot, rows_per_shard, start_ray
+from scacam.pipeline.cluster import TASK_CPUS, allot, await_nodes, rows_per_shard, start_ray
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
-from scacam.pipeline.rows import sampling_of, tensors
+from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
+from scacam.pipeline.share import share
 from scacam.runs.lock import locked
-from scacam.storage import join, locate
+from scacam.storage import join
+from scacam.storage.parquet import write_table
 
 if TYPE_CHECKING:
     from scacam.networks import Network
@@ -94,6 +94,7 @@ def run(
     networks: Sequence[str],
     target_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
     batch_size: int | None = None,
     limit: int | None = None,
 ) -> Result:
@@ -105,16 +106,13 @@ def run(
     """
     refuse_below_one(batch_size=batch_size, limit=limit)
     manifest = read_manifest(input, limit).table
-    loaded = load_networks(networks, target_layer, categories)
+    loaded = load_networks(networks, target_layer, categories, output_kind)
     path = join(output, "metrics/caw.parquet")
-    filesystem, inner_path = locate(path)
-    filesystem.create_dir(inner_path.rpartition("/")[0], recursive=True)
     with locked(output):
         start_ray()
         weights, errors = weigh(manifest, loaded, batch_size)
         tables = [of_network.table() for of_network in weights]
-        with filesystem.open_output_stream(inner_path) as file:
-            pyarrow.parquet.write_table(pa.concat_tables(tables), file, compression="zstd")
+        write_table(path, pa.concat_tables(tables))
     return Result(path, weights, len(manifest), errors)
 
 
@@ -122,11 +120,12 @@ def weigh(
     manifest: pa.Table, networks: Sequence["Network"], batch_size: int | None
 ) -> tuple[list[Weights], Counter[str]]:
     """Stream the images through the networks; returns their weights and the errors by kind."""
-    allotments = allot([seconds_per_image(network) for network in networks])
+    costs = [seconds_per_image(network) for network in networks]
+    allotments = allot(costs, await_nodes(None))
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()
-    rows = rows_per_shard(len(manifest), max(allotment.actors for allotment in allotments))
+    rows = rows_per_shard(len(manifest), bytes_per_image(samplings), costs, allotments)
     stream = ray.data.from_arrow(manifest).repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(
         Decode(samplings, "center_crop", tally),
@@ -138,7 +137,7 @@ def weigh(
         stream = stream.map_batches(
             Observe,
             fn_constructor_kwargs={
-                "load": partial(ray.get, ray.put(network)),
+                "load": share(network),
                 "sampling": samplings.index(sampling_of(network.preprocessing)),
                 "batch_size": batch_size,
                 "is_last": index == len(networks) - 1,

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from scacam.errors import ScacamError
 from scacam.jobs import JOBS
-from scacam.storage import join, locate
+from scacam.storage import join, locate, write_bytes
 from scacam.version import __version__
 
 __all__ = ["Result", "main", "run_job"]
@@ -127,10 +127,7 @@ def _logged(name: str, options: dict[str, Any], error: BaseException) -> str:
     try:
         if locate(output)[0].get_file_info(locate(output)[1]).type == fs.FileType.NotFound:
             raise FileNotFoundError(output)
-        filesystem, inner_path = locate(path)
-        filesystem.create_dir(inner_path.rpartition("/")[0], recursive=True)
-        with filesystem.open_output_stream(inner_path) as file:
-            file.write(content)
+        write_bytes(path, content)
     except (OSError, ValueError):
         path = str(Path(tempfile.gettempdir()) / f"scacam-{file_name}")
         Path(path).write_bytes(content)

@@ -7,16 +7,17 @@ Reads the runs' Parquet and a few of their photos; needs neither the networks no
 """
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-import pyarrow.parquet
+import pyarrow as pa
 
 from scacam.audit.compare import COMPARISON, compare_runs
 from scacam.report.comparison import Summary
 from scacam.runs.results import open_run
-from scacam.storage import join, locate
+from scacam.storage import join, write_bytes
+from scacam.storage.parquet import write_tables
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,21 +53,17 @@ def run(*, runs: Sequence[str]) -> Result:
     first_path, second_path = runs
     first, second = open_run(first_path), open_run(second_path)
     tables = compare_runs(first, second)
-    filesystem, path = locate(second_path)
-    filesystem.create_dir(join(path, "metrics"), recursive=True)
     summary = Summary(first, second)
-    with pyarrow.parquet.ParquetWriter(
-        join(path, "metrics/comparison.parquet"),
-        COMPARISON.with_metadata({"run_a": first_path, "run_b": second_path}),
-        filesystem=filesystem,
-        compression="zstd",
-    ) as writer:
-        for table in tables:
-            writer.write_table(table)
-            summary.add(table)
-    with filesystem.open_output_stream(join(path, "comparison.html")) as file:
-        file.write(summary.page().encode())
 
-    return Result(
+    def summarised() -> Iterator[pa.Table]:
+        for table in tables:
+            summary.add(table)
+            yield table
+
+    schema = COMPARISON.with_metadata({"run_a": first_path, "run_b": second_path})
+    result = Result(
         join(second_path, "comparison.html"), join(second_path, "metrics/comparison.parquet")
     )
+    write_tables(result.table, summarised(), schema)
+    write_bytes(result.page, summary.page().encode())
+    return result

@@ -18,7 +18,8 @@ import pyarrow.parquet
 
 from scacam.errors import RunError
 from scacam.inputs.layouts import LAYOUTS, Root, read_text
-from scacam.storage import join, locate
+from scacam.storage import join
+from scacam.storage.parquet import write_table
 from scacam.tables import BOXES
 
 _CORNERS = ["x0", "y0", "x1", "y1"]
@@ -121,9 +122,6 @@ def _plain(name: str) -> str:
 
 def _write(path: str, table: pa.Table) -> None:
     try:
-        filesystem, inner_path = locate(path)
-        filesystem.create_dir(inner_path.rpartition("/")[0], recursive=True)
-        with filesystem.open_output_stream(inner_path) as file:
-            pyarrow.parquet.write_table(table, file)
+        write_table(path, table)
     except (OSError, ValueError) as error:
         raise RunError(f"cannot write {path}: {error}") from error

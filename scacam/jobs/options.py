@@ -24,7 +24,7 @@ logger = logging.getLogger("scacam")
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--networks`, `--target-layer` and `--categories`."""
+    """Add `--networks`, `--target-layer`, `--categories` and `--output-kind`."""
     parser.add_argument(
         "--networks",
         required=True,
@@ -47,6 +47,13 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         help="the class names, one per line, of every network or of the one named (default: those "
         "published with it)",
     )
+    parser.add_argument(
+        "--output-kind",
+        nargs="+",
+        metavar="[NAME=]KIND",
+        help="softmax if an image is of one class, sigmoid if each class is a question by itself, "
+        "of every network or of the one named (default: what its last step is, else softmax)",
+    )
 
 
 def refuse_below_one(**options: int | None) -> None:
@@ -66,7 +73,10 @@ def parse_networks(specifications: Sequence[str]) -> dict[str, str]:
 
 
 def load_networks(
-    networks: Sequence[str], target_layer: Sequence[str] = (), categories: Sequence[str] = ()
+    networks: Sequence[str],
+    target_layer: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
 ) -> list[Network]:
     """Load what the options of `add_network_options`, here by the same names, ask for.
 
@@ -77,24 +87,38 @@ def load_networks(
     wanted = parse_networks(networks)
     layers = _by_network(target_layer, list(wanted), "--target-layer")
     files = _by_network(categories, list(wanted), "--categories")
+    kinds = _by_network(output_kind, list(wanted), "--output-kind")
     loaded = []
     for name, weights in wanted.items():
         logger.info("loading %s, weights %s", name, weights)
         names = _read_categories(files[name]) if name in files else None
-        loaded.append(load_network(name, weights, target_layer=layers.get(name), categories=names))
+        loaded.append(
+            load_network(
+                name,
+                weights,
+                target_layer=layers.get(name),
+                categories=names,
+                output_kind=kinds.get(name),
+            )
+        )
     return loaded
 
 
 def seconds_per_image(network: Network) -> float:
-    """What one image takes a network, in this process and after a first one."""
+    """What one image takes a network on one core, after a first one."""
     preprocessing = network.preprocessing
     shape = (1, *preprocessing.crop_size, preprocessing.channels)
     images = network.normalize(torch.zeros(shape, dtype=torch.uint8))
-    with torch.inference_mode():
-        network.module(images)
-        began = time.perf_counter()
-        network.module(images)
-        return time.perf_counter() - began
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            network.module(images)
+            began = time.perf_counter()
+            network.module(images)
+            return time.perf_counter() - began
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _by_network(values: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:

@@ -20,7 +20,7 @@ from scacam.drawing import fit, grey
 from scacam.errors import RunError
 from scacam.report.sheet import Cell, Panel, sheet
 from scacam.runs.results import Run, open_run
-from scacam.storage import join, locate
+from scacam.storage import join, write_bytes
 
 logger = logging.getLogger("scacam")
 
@@ -63,8 +63,6 @@ def draw(run: Run, folder: str, limit: int | None = None) -> int:
     """Write the pictures of the first images into a folder, and return how many."""
     if limit is not None and limit < 1:
         raise RunError(f"--limit must be at least 1, not {limit}")
-    filesystem, path = locate(folder)
-    filesystem.create_dir(path, recursive=True)
     taken: set[str] = set()
     for count, (image_id, rows) in enumerate(images(run)):
         if count == limit:
@@ -75,8 +73,7 @@ def draw(run: Run, folder: str, limit: int | None = None) -> int:
         taken.add(name)
         buffer = io.BytesIO()
         picture(run, rows).save(buffer, "PNG")
-        with filesystem.open_output_stream(join(path, f"{name}.png")) as file:
-            file.write(buffer.getvalue())
+        write_bytes(join(folder, f"{name}.png"), buffer.getvalue())
         if count and count % 100 == 0:
             logger.info("%d pictures", count)
     return len(taken)

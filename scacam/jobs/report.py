@@ -11,7 +11,7 @@ from typing import ClassVar
 
 from scacam.report.run import report
 from scacam.runs.results import open_run
-from scacam.storage import join, locate
+from scacam.storage import join, write_bytes
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +40,5 @@ def run(*, run: str) -> Result:
     """
     page = report(open_run(run)).encode()
     path = join(run, "report.html")
-    filesystem, inner_path = locate(path)
-    with filesystem.open_output_stream(inner_path) as file:
-        file.write(page)
+    write_bytes(path, page)
     return Result(path, len(page))
