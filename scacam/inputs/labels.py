@@ -60,7 +60,9 @@ def parse_labels(column: pa.ChunkedArray, where: str) -> tuple[pa.ChunkedArray, 
         ) from error
     outside = pc.or_(pc.less(numbers, -1), pc.greater(numbers, _LARGEST))
     refuse_rows(pa.table({"label": numbers}), outside, f"{where} has labels below 0 or beyond")
-    return pc.if_else(pc.equal(numbers, -1), None, numbers).cast(pa.int32()), names
+    numbers = pc.if_else(pc.equal(numbers, -1), None, numbers).cast(pa.int32())
+    # The bytes under a null are made the same, as in the digest of a manifest they count.
+    return pc.coalesce(numbers, pa.nulls(len(numbers), pa.int32())), names
 
 
 def refuse_rows(table: pa.Table, wrong: pa.ChunkedArray, message: str) -> None:
@@ -73,7 +75,7 @@ def refuse_rows(table: pa.Table, wrong: pa.ChunkedArray, message: str) -> None:
 
 def plain(name: str) -> str:
     """A class name without what people write differently: case, and `_` for blanks."""
-    return name.strip().replace("_", " ").casefold()
+    return name.replace("_", " ").strip().casefold()
 
 
 @cache

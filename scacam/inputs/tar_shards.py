@@ -97,7 +97,7 @@ def _unpack(file: IO[bytes]) -> IO[bytes]:
     with suppress(*_DAMAGES):  # what lies before a damage is good
         while piece := file.read1(_BUFFER):  # type: ignore[attr-defined]
             unpacked.write(piece)
-    unpacked.flush()
+    unpacked.seek(0)
     return unpacked
 
 

@@ -20,7 +20,12 @@ import ray.data
 
 from scacam.errors import RunError
 from scacam.images import VIEWS, ViewName
-from scacam.inputs.manifest import Manifest, read_manifest, refuse_unknown_labels
+from scacam.inputs.manifest import (
+    Manifest,
+    read_manifest,
+    refuse_unknown_labels,
+    resolve_labels,
+)
 from scacam.jobs.estimate import Estimate, estimate
 from scacam.jobs.options import (
     add_network_options,
@@ -203,12 +208,15 @@ def run(
     check(options)
     if not dry_run:
         refuse_output(output)
-    manifest = read_manifest(input, limit)
+    asked = {"input": input, "limit": limit}
+    manifest = lifecycle.listed_before(output, asked) or read_manifest(input, limit)
     loaded = load_networks(networks, target_layer, categories)
+    manifest = resolve_labels(manifest, {network.name: network.categories for network in loaded})
     check_networks(options, loaded, manifest)
     if dry_run:
         return plan(options, manifest, loaded)
     wanted = describe(options, manifest, loaded)
+    left_out = [manifest.left_out()] if manifest.ignored else []
     with locked(output):
         record = begin(output, wanted, manifest.table)
         if retry_errors:
@@ -218,9 +226,8 @@ def run(
             images = len(manifest.table)
             del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
             record, told = explain_all(options, record, images, loaded)
-    return Result(
-        output, record["images"], record["explained"], record["errors"], max_error_rate, told
-    )
+    counts = record["images"], record["explained"], record["errors"]
+    return Result(output, *counts, max_error_rate, [*left_out, *told])
 
 
 def explain_all(
@@ -282,7 +289,9 @@ def describe(
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
         "input": options.input,
-        "ignored_files": manifest.ignored,
+        "limit": options.limit,
+        "ignored_files": sum(manifest.ignored.values()),
+        "left_out": dict(manifest.ignored),
         **describe_run(manifest.table, options.methods),
         "networks": [describe_network(network, options.methods) for network in networks],
         "top_k": options.top_k,
