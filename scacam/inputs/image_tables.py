@@ -18,6 +18,7 @@ __all__ = ["image_column", "read_row"]
 _NAMES = ("image", "img", "bytes", "content", "jpg", "jpeg", "png", "webp")
 _KEPT_GROUPS = 2
 
+_one_footer_at_a_time = Lock()
 _lock = Lock()
 _groups: dict[tuple[str, int, str], Future[pa.ChunkedArray]] = {}
 
@@ -70,13 +71,14 @@ def read_row(
         OSError: the table cannot be read.
         ValueError: it is no Parquet table.
     """
-    metadata, ends = _footer(container)
+    with _one_footer_at_a_time:
+        metadata, ends = _footer(container)
     if not ends or not 0 <= row < ends[-1]:
         raise FileNotFoundError(f"{container} has no row {row}")
     group = int(np.searchsorted(ends, row, side="right"))
     first = ends[group - 1] if group else 0
     column = column or image_column(metadata.schema.to_arrow_schema()) or ""
-    value = _group(container, group, column)[row - first].as_py()
+    value = _group(container, group, column, metadata)[row - first].as_py()
     if isinstance(value, dict):
         return value["bytes"], value.get("path")
     return value, None
@@ -92,7 +94,7 @@ def _footer(container: str) -> tuple[pq.FileMetaData, Sequence[int]]:
     return metadata, list(accumulate(metadata.row_group(group).num_rows for group in groups))
 
 
-def _group(container: str, group: int, column: str) -> pa.ChunkedArray:
+def _group(container: str, group: int, column: str, metadata: pq.FileMetaData) -> pa.ChunkedArray:
     """A column of a row group, read by the first thread that asks for it while others wait."""
     key = container, group, column
     with _lock:
@@ -106,7 +108,7 @@ def _group(container: str, group: int, column: str) -> pa.ChunkedArray:
     try:
         filesystem, path = locate(container)
         with filesystem.open_input_file(path) as file:
-            table = pq.ParquetFile(file, metadata=_footer(container)[0], pre_buffer=True)
+            table = pq.ParquetFile(file, metadata=metadata)
             mine.set_result(table.read_row_group(group, columns=[column])[column])
     except BaseException as error:
         with _lock:
