@@ -107,11 +107,8 @@ def class_ids(
         raise RunError(
             f"labels are names, and {network} has no class names: give them by --categories"
         )
-    known = _known(categories)
-    found = {}
-    for name in names:
-        candidates = (name, plain(name), *map(plain, name.split(",")))
-        found[name] = next((known[one] for one in candidates if one in known), set())
+    levels = [_index(level) for level in _levels(categories)]
+    found = {name: _meant(name, levels) for name in names}
     wrong = sorted(name for name, meant in found.items() if len(meant) != 1)
     if wrong:
         told = [
@@ -124,15 +121,21 @@ def class_ids(
     return {name: next(iter(meant)) for name, meant in found.items()}
 
 
-def _known(categories: Sequence[str]) -> dict[str, set[int]]:
-    """The classes that a name may mean."""
-    known: dict[str, set[int]] = {}
-    for level in _levels(categories):
-        found = defaultdict(set)
-        for class_id, name in level:
-            found[name].add(class_id)
-        known = found | known
-    return known
+def _meant(name: str, levels: Sequence[Mapping[str, set[int]]]) -> set[int]:
+    """The classes that a name may mean; empty if none."""
+    exact, *folded = levels
+    if name in exact:
+        return exact[name]
+    candidates = [plain(name), *map(plain, name.split(","))]
+    found = (level.get(candidate) for candidate in candidates for level in folded)
+    return next(filter(None, found), set())
+
+
+def _index(level: Iterable[tuple[int, str]]) -> Mapping[str, set[int]]:
+    found = defaultdict(set)
+    for class_id, name in level:
+        found[name].add(class_id)
+    return found
 
 
 def _levels(categories: Sequence[str]) -> Iterator[Iterable[tuple[int, str]]]:

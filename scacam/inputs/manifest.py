@@ -4,6 +4,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import groupby
 from typing import NamedTuple
@@ -192,10 +193,9 @@ def _listing(source: str) -> Listing | None:
         raise RunError(f"no such input: {source}")
     if found.type == fs.FileType.Directory:
         return list_files(source)
-    # An object store may have an empty object named as a prefix is.
     if found.size == 0 and not isinstance(filesystem, fs.LocalFileSystem):
-        listing = list_files(source)
-        return listing if listing.files else None
+        with suppress(FileNotFoundError):  # as a rule; but an object may be named as a prefix is
+            return list_files(source)
     return None
 
 

@@ -13,6 +13,8 @@ from functools import lru_cache
 from threading import Lock
 from typing import IO, Any, NamedTuple
 
+import pyarrow as pa
+
 from scacam.storage import locate, read_bytes
 
 __all__ = ["DamagedShard", "Entry", "entries", "read_entry"]
@@ -106,10 +108,33 @@ def _opened(container: str) -> Iterator[tuple[IO[bytes], bool]]:
     """A tar to read from, and whether it is packed, whatever its name says."""
     filesystem, path = locate(container)
     with filesystem.open_input_file(path) as file:
-        buffered: Any = io.BufferedReader(file, _BUFFER)  # a request each time that it is empty
+        # A request each time that the buffer is empty.
+        buffered: Any = io.BufferedReader(_Seekable(file), _BUFFER)
         is_packed = buffered.peek(len(_GZIP)).startswith(_GZIP)
         opened: Any = gzip.GzipFile(fileobj=buffered) if is_packed else buffered
         yield opened, is_packed
+
+
+class _Seekable(io.RawIOBase):
+    """A file beyond whose end one may seek, as in a cut tar; object stores refuse it."""
+
+    def __init__(self, file: pa.NativeFile) -> None:
+        self._file, self._size = file, file.size()
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.seek(min(offset, self._size), whence)
+
+    def readinto(self, buffer: Any) -> int:
+        return self._file.readinto(buffer)
 
 
 def _scan(container: str, file: IO[bytes], wanted: Callable[[str, int], bool]) -> Iterator[Entry]:
