@@ -439,7 +439,7 @@ def test_csv_of_other_people(tmp_path, content, expected):
         (b"uri,label\na,b.jpg,1\n", "Expected 2 columns, got 3"),
         (b"url,label\na.jpg,1\n", "no column 'uri'; it has url, label"),
         (b"uri,label\n,1\n", "rows without a uri: 1 rows"),
-        (b"", "no column 'uri'"),
+        (b"\n", "it is empty"),
     ],
 )
 def test_csv_that_is_refused_says_why(tmp_path, content, message):

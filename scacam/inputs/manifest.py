@@ -100,7 +100,6 @@ def read_manifest(
                 f"no images in {source}: {_told(ignored) or 'no files there'}; files of images end "
                 f"in {', '.join(IMAGE_SUFFIXES + CONTAINERS)}, and a manifest is given by its path"
             )
-        _say_unreadable(images)
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read input {source}: {error}") from error
     ids = pa.array(np.arange(len(images), dtype=np.int64))
@@ -223,7 +222,9 @@ def _from_folder(
         if limit is not None and count >= limit:
             break
     _say_columns(others)
-    return pa.concat_tables(parts), ignored
+    images = pa.concat_tables(parts)
+    _say_unreadable(images)
+    return images, ignored
 
 
 def _contents(
@@ -266,6 +267,7 @@ def _from_file(
             + ", ".join(sheet.names)
         )
     _say_columns(contents.other_columns)
+    _say_unreadable(contents.images)
     return contents.images
 
 
@@ -296,7 +298,7 @@ def _say_unreadable(images: pa.Table) -> None:
     The latter are rows, too, so that they end as rows of the errors table.
     """
     wrong = images.filter(pc.match_substring_regex(images["uri"], f"(?i)({_CONTAINER})$"))["uri"]
-    if len(wrong) == len(images):
+    if 0 < len(wrong) == len(images):
         read_image(wrong[0].as_py())
     if len(wrong):
         told = ", ".join(wrong.slice(0, 3).to_pylist())

@@ -56,7 +56,9 @@ def _read_csv(file: pa.NativeFile, columns: Sequence[str]) -> Sheet:
     before = 0
     while before < len(lines) and (not lines[before] or lines[before].startswith("sep=")):
         before += 1  # Excel writes such a line for itself
-    header = lines[before] if before < len(lines) else ""
+    if before == len(lines):
+        raise ValueError("it is empty")
+    header = lines[before]
     split = {one: next(csv.reader([header], delimiter=one), []) for one in _DELIMITERS}
     delimiter = max(split, key=lambda one: len(split[one]))
     names = [name.strip().strip('"') for name in split[delimiter]]
