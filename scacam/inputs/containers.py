@@ -1,7 +1,7 @@
 """Images that lie inside other files: members of tar shards, rows of Parquet tables.
 
 Their uri is `CONTAINER::MEMBER`, the member being its name in the tar; or in the table its row,
-after `COLUMN/` if it is not in the column that is taken for the images'.
+after `COLUMN/` if the column of the images was named.
 """
 
 import json
