@@ -30,7 +30,7 @@ from scacam.inputs.manifest import (
 )
 from scacam.runs.describe import describe_run
 from scacam.runs.lifecycle import begin, listed_before
-from scacam.storage.files import _filesystem
+from scacam.storage.s3 import open_bucket
 from scacam.tables import MANIFEST
 
 
@@ -587,7 +587,7 @@ def test_on_object_storage(tmp_path, monkeypatch):
     try:
         for name, value in store.environment.items():
             monkeypatch.setenv(name, value)
-        _filesystem.cache_clear()  # other tests' stores had the same name
+        open_bucket.cache_clear()  # other tests' stores had the same name
         images = {f"{i}.jpg": bytes([i]) * 5000 for i in range(20)}
         write_tar(tmp_path / "in/a.tar", images)
         write_tar(tmp_path / "in/b.tgz", images, "w:gz")
@@ -605,7 +605,7 @@ def test_on_object_storage(tmp_path, monkeypatch):
         )
         assert list(read) == ["c.tar::5.jpg"]  # the one that is cut
     finally:
-        _filesystem.cache_clear()
+        open_bucket.cache_clear()
         store.stop()
 
 
@@ -627,5 +627,5 @@ def test_an_object_that_is_named_as_the_prefix_hides_nothing(monkeypatch):
         with pytest.raises(RunError, match="neither a folder nor"):
             read_manifest("s3://moto-inputs/empty")
     finally:
-        _filesystem.cache_clear()
+        open_bucket.cache_clear()
         server.stop()

@@ -20,6 +20,7 @@ import ray.data
 from scacam.audit.caw import Weights, verdict
 from scacam.inputs.manifest import read_manifest
 from scacam.jobs.options import (
+    add_input_options,
     add_network_options,
     load_networks,
     refuse_below_one,
