@@ -20,6 +20,7 @@ import ray.data
 from scacam.audit.caw import Weights, verdict
 from scacam.inputs.manifest import read_manifest
 from scacam.jobs.options import (
+    add_input_options,
     add_network_options,
     load_networks,
     refuse_below_one,
@@ -41,11 +42,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the job, whose defaults are those of `run`."""
-    parser.add_argument("--input", required=True, help="images or a manifest, as for explain")
+    add_input_options(parser)
     parser.add_argument("--output", required=True, help="folder or s3:// prefix for the results")
     add_network_options(parser)
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
-    parser.add_argument("--limit", type=int, metavar="N", help="look only at the first N images")
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,8 @@ def run(
     categories: Sequence[str] = (),
     output_kind: Sequence[str] = (),
     batch_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     limit: int | None = None,
 ) -> Result:
     """Relate the weights of networks over images; the options are those of `scacam caw`.
@@ -105,7 +107,7 @@ def run(
         OSError: the results cannot be written.
     """
     refuse_below_one(batch_size=batch_size, limit=limit)
-    manifest = read_manifest(input, limit).table
+    manifest = read_manifest(input, limit, image_column, label_column).table
     loaded = load_networks(networks, target_layer, categories, output_kind)
     path = join(output, "metrics/caw.parquet")
     with locked(output):

@@ -13,6 +13,7 @@ from scacam.networks import Network, load_network
 from scacam.storage import read_bytes
 
 __all__ = [
+    "add_input_options",
     "add_network_options",
     "load_networks",
     "parse_networks",
@@ -21,6 +22,28 @@ __all__ = [
 ]
 
 logger = logging.getLogger("scacam")
+
+
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--input`, `--image-column`, `--label-column` and `--limit`."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        help="folder or s3:// prefix of images, .tar shards or .parquet tables; or a .csv or "
+        ".parquet manifest (uri, label)",
+    )
+    parser.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of tables with several columns of images, the one to take",
+    )
+    parser.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="the column of a table or manifest, or the key in .json files of tar shards, that "
+        "holds the labels (default: label)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="take only the first N images")
 
 
 def add_network_options(parser: argparse.ArgumentParser) -> None:
