@@ -16,8 +16,8 @@ import pytest
 from made_runs import Images, Said, write_run
 from servers import BUCKET, ObjectStore
 
+from scacam.evaluation.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
 from scacam.jobs.command import run_job
-from scacam.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
 
 main = partial(run_job, "evaluate")
 

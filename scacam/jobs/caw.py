@@ -26,11 +26,11 @@ from scacam.jobs.options import (
     refuse_below_one,
     seconds_per_image,
 )
-from scacam.pipeline.cluster import TASK_CPUS, allot, rows_per_shard, start_ray
+from scacam.pipeline.cluster import TASK_CPUS, allot, await_nodes, rows_per_shard, start_ray
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
-from scacam.pipeline.rows import sampling_of, tensors
+from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
 from scacam.runs.lock import locked
 from scacam.storage import join
 from scacam.storage.parquet import write_table
@@ -119,11 +119,12 @@ def weigh(
     manifest: pa.Table, networks: Sequence["Network"], batch_size: int | None
 ) -> tuple[list[Weights], Counter[str]]:
     """Stream the images through the networks; returns their weights and the errors by kind."""
-    allotments = allot([seconds_per_image(network) for network in networks])
+    costs = [seconds_per_image(network) for network in networks]
+    allotments = allot(costs, await_nodes(None))
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()
-    rows = rows_per_shard(len(manifest), max(allotment.actors for allotment in allotments))
+    rows = rows_per_shard(len(manifest), bytes_per_image(samplings), costs, allotments)
     stream = ray.data.from_arrow(manifest).repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(
         Decode(samplings, "center_crop", tally),

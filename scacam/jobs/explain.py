@@ -36,6 +36,7 @@ from scacam.pipeline.cluster import (
     TASK_CPUS,
     Allotment,
     allot,
+    await_nodes,
     cores,
     root_cause,
     rows_per_shard,
@@ -45,7 +46,7 @@ from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
-from scacam.pipeline.rows import sampling_of
+from scacam.pipeline.rows import bytes_per_image, sampling_of
 from scacam.pipeline.sink import ShardSink
 from scacam.runs import lifecycle
 from scacam.runs.describe import describe_network, describe_run
@@ -93,7 +94,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--max-error-rate",
         type=float,
         metavar="SHARE",
-        help="give up when more than this share of the images fails, from 0 to 1 (default: 1)",
+        help="give up when more than this share of the images fails, from 0 to 1 (default: 0.5)",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="use N GPUs of a cluster, and wait until they are there (default: those there are)",
     )
     parser.add_argument(
         "--retry-errors", action="store_true", help="try the failed images of a complete run again"
@@ -135,6 +142,11 @@ class Result:
     def __str__(self) -> str:
         lines = [f"{self.explained:,} of {self.images:,} images explained"]
         lines += [f"  {count:,} failed: {kind}" for kind, count in self.errors.items()]
+        if not self.ok:
+            lines.append(
+                f"too many: once that is mended ({self.output}/errors says what it is of "
+                "each image), --retry-errors tries them again"
+            )
         return "\n".join([*lines, *self.told, f"results: {self.output}"])
 
 
@@ -172,7 +184,8 @@ def run(
     bfloat16: bool = False,
     batch_size: int | None = None,
     limit: int | None = None,
-    max_error_rate: float = 1.0,
+    max_error_rate: float = 0.5,
+    gpus: int | None = None,
     retry_errors: bool = False,
     dry_run: bool = False,
     price_per_hour: float | None = None,
@@ -186,7 +199,7 @@ def run(
         ScacamError: the job cannot run as asked, or was stopped; the same call continues it.
         OSError: a file or a store cannot be read or written.
     """
-    options = SimpleNamespace(**locals())
+    options = SimpleNamespace(**locals() | {"methods": list(dict.fromkeys(methods))})
     check(options)
     if not dry_run:
         refuse_output(output)
@@ -216,8 +229,10 @@ def explain_all(
     """Explain what is not explained yet, and prove the run; its record, and what was done."""
     started = time.monotonic()
     start_ray()
-    allotments = allot([seconds_per_image(network) for network in networks])
-    counts = explain(options, images, networks, allotments)
+    gpus = await_nodes(options.gpus)
+    costs = [seconds_per_image(network) for network in networks]
+    allotments = allot(costs, gpus)
+    counts = explain(options, record, networks, costs, allotments)
     proof = prove(options.output, [network.name for network in networks], images)
     seconds = time.monotonic() - started
     record |= {
@@ -237,6 +252,10 @@ def check(options: SimpleNamespace) -> None:
     if unknown:
         raise RunError(f"unknown method {unknown[0]!r}; known are {', '.join(METHODS)}")
     refuse_below_one(top_k=options.top_k, batch_size=options.batch_size, limit=options.limit)
+    if not 0 <= options.max_error_rate <= 1:
+        raise RunError(f"--max-error-rate must be from 0 to 1, not {options.max_error_rate:g}")
+    if options.gpus is not None and options.gpus < 0:
+        raise RunError(f"--gpus must be at least 0, not {options.gpus}")
     parse_networks(options.networks)
 
 
@@ -312,8 +331,9 @@ def plan(options: SimpleNamespace, manifest: Manifest, networks: Sequence[Networ
 
 def explain(
     options: SimpleNamespace,
-    images: int,
+    record: dict[str, Any],
     networks: Sequence[Network],
+    costs: Sequence[float],
     allotments: Sequence[Allotment],
 ) -> Counts:
     """Stream the images that are not done yet through the networks into the shards.
@@ -321,9 +341,10 @@ def explain(
     The pools are chained, and the pixels travel along until their last use: so each image is read
     and decoded once, and nothing waits for the whole collection.
     """
-    rows = rows_per_shard(images, max(allotment.actors for allotment in allotments))
     tally = start_tally()
     decode, pools, localize = stages(options, networks, tally)
+    image_bytes = bytes_per_image(decode.samplings)
+    rows = rows_per_shard(record["images"], image_bytes, costs, allotments)
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -354,8 +375,9 @@ def explain(
         {network.name: network.feature_shape[1:] for network in networks},
         tally,
         options.max_error_rate,
+        record.get("explained", 0),  # by a complete run, whose errors are tried again
     )
-    with shown(tally, images):
+    with shown(tally, record["images"]):
         try:
             stream.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
         except Exception as error:  # whatever stopped it, what is written stays, to be continued

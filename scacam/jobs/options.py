@@ -86,15 +86,20 @@ def load_networks(
 
 
 def seconds_per_image(network: Network) -> float:
-    """What one image takes a network, in this process and after a first one."""
+    """What one image takes a network on one core, after a first one."""
     preprocessing = network.preprocessing
     shape = (1, *preprocessing.crop_size, preprocessing.channels)
     images = network.normalize(torch.zeros(shape, dtype=torch.uint8))
-    with torch.inference_mode():
-        network.module(images)
-        began = time.perf_counter()
-        network.module(images)
-        return time.perf_counter() - began
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            network.module(images)
+            began = time.perf_counter()
+            network.module(images)
+            return time.perf_counter() - began
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _by_network(values: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:

@@ -56,6 +56,7 @@ def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, 
     """
     existing = read_record(output)
     if existing is None:
+        _forget_checkpoint(output)  # of a run whose output was deleted
         write_table(join(output, "manifest.parquet"), manifest)
         running = {"status": "running", "checkpoint": _CHECKPOINT, **record}
         write_record(output, running)
@@ -72,26 +73,29 @@ def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, 
             f"the run in {output} was begun by a scacam that kept its checkpoint beside the "
             "output; complete it with that one, or choose another output"
         )
+    if existing["status"] == "complete":
+        _forget_checkpoint(output)  # completing it was cut off before its last step
     if existing["status"] == "retrying":
         return _forget_errors(output, existing)
     return existing
 
 
 def retry_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Make the failed images of a complete run undone again; the job then continues it.
+    """Make the failed images of a run undone again, if `begin` found it complete.
 
-    Raises:
-        RunError: the run is not complete yet.
+    The job then continues it. A run that is not complete is to be continued as it is: that may be
+    this very retry, which was cut off.
     """
     if record["status"] == "running":
-        raise RunError(f"the run in {output} is not complete; complete it without --retry-errors")
+        return record
     retrying = {**record, "status": "retrying", "checkpoint": _CHECKPOINT}
     write_record(output, retrying)
     return _forget_errors(output, retrying)
 
 
 def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
-    """Can be killed anywhere and done again, as long as the record says `retrying`."""
+    """Can be cut off anywhere and done again, as long as the record says `retrying`."""
+    _forget_checkpoint(output)
     filesystem, _ = locate(output)
     done = explained_ids(output, record["networks"][0]["name"])
     write_table(join(checkpoint_path(output), "explained.parquet"), pa.table({ID: done}))
@@ -108,11 +112,13 @@ def complete(output: str, record: dict[str, Any], proof: Proof) -> None:
     Without errors their table is empty, but it is there: queries need not ask.
     """
     if not proof.errors:
-        filesystem, path = locate(join(output, "errors"))
-        filesystem.create_dir(path, recursive=True)
         write_table(join(output, "errors/none.parquet"), ERRORS.empty_table())
     write_table(join(output, "index.parquet"), proof.index)
     write_record(output, record)
+    _forget_checkpoint(output)
+
+
+def _forget_checkpoint(output: str) -> None:
     filesystem, path = locate(checkpoint_path(output))
     if filesystem.get_file_info(path).type == fs.FileType.Directory:
         filesystem.delete_dir(path)
