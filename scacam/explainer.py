@@ -1,6 +1,7 @@
 """A batch of images to logits and heatmaps: one forward pass, all methods, all top-k classes."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -11,6 +12,7 @@ from scacam.errors import ScacamError
 from scacam.methods import METHODS
 from scacam.methods.gradients import Gradients
 from scacam.networks import Network
+from scacam.networks.head import differentiable
 from scacam.networks.target import capture
 
 __all__ = ["Explainer", "Explanation", "Observation", "observe"]
@@ -53,12 +55,13 @@ def observe(
         raise ScacamError(f"{network.name} is in training mode; call network.module.eval()")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ScacamError(f"{len(images)} images need one label each, not {list(labels.shape)}")
-    differentiable = network.head.kind == "general"
+    general = network.head.kind == "general"
     with torch.inference_mode(False), torch.no_grad():
-        with capture(
-            network.module, network.target_layer, differentiable=differentiable
-        ) as captured:
-            logits = network.module(images)
+        with (
+            differentiable(network.module) if general else nullcontext(),
+            capture(network.module, network.target_layer, differentiable=general) as captured,
+        ):
+            logits = network.logits(images)
         with _full_precision(images):
             leaf = captured.of(network.target_layer)
             features = _widened(leaf.detach())
@@ -66,7 +69,7 @@ def observe(
             if labels is not None:
                 class_ids = torch.cat([class_ids, labels[:, None]], dim=1)
             gradients = network.head.gradients(
-                network.module, leaf if differentiable else features, logits, class_ids
+                network.module, leaf if general else features, logits, class_ids
             )
             if isinstance(gradients, Tensor):
                 gradients = _widened(gradients)

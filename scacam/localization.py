@@ -73,9 +73,8 @@ def localize(
 
     boxes = np.full((count, 4), np.nan, dtype=np.float32)
     kept = np.where(relu[:, None, None], heatmaps.clip(min=0), heatmaps)
-    known: dict[
-        bytes, tuple[float, float, float, float]
-    ] = {}  # some maps are the same for every class
+    # Some maps are the same for every class.
+    known: dict[bytes, tuple[float, float, float, float]] = {}
     for index in np.flatnonzero(~constant & (flat.max(1) > 0)):
         key = kept[index].tobytes()
         if key not in known:

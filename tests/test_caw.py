@@ -59,7 +59,8 @@ def test_without_class_weights_there_is_nothing_to_compare() -> None:
     weights.add(np.array([1]), np.array([[1.0, 2]], dtype=np.float32))
     (row,) = weights.table().to_pylist()
     assert row["averaged_gradients"] == [1, 2]
-    assert row["class_name"] is row["class_weights"] is row["ratio"] is None
+    assert row["class_name"] == "class 1"
+    assert row["class_weights"] is row["ratio"] is None
     assert weights.summary() == {}
 
 

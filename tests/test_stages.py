@@ -23,7 +23,7 @@ from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import start_tally
 from scacam.pipeline.rows import explanations_column
 from scacam.pipeline.sink import ShardSink
-from scacam.storage.files import _filesystem
+from scacam.storage.s3 import open_bucket
 from scacam.tables import EXPLANATION, MANIFEST, pack_heatmaps
 
 SMALL = Preprocessing((32, 32), 32)
@@ -151,9 +151,9 @@ def store(tmp_path: Path, monkeypatch):
     found = ObjectStore(folder)
     for name, value in found.environment.items():
         monkeypatch.setenv(name, value)
-    _filesystem.cache_clear()  # other tests' stores had the same name
+    open_bucket.cache_clear()  # other tests' stores had the same name
     yield found
-    _filesystem.cache_clear()
+    open_bucket.cache_clear()
     found.stop()
     shutil.rmtree(folder)
 
@@ -183,7 +183,7 @@ def moody(store, monkeypatch):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
-    _filesystem.cache_clear()
+    open_bucket.cache_clear()
     yield
     server.shutdown()
     server.server_close()

@@ -6,13 +6,13 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet
 from pyarrow import fs
 
 from scacam.errors import RunError
 from scacam.evaluation.tables import TRUE_BOXES
-from scacam.inputs.manifest import read_manifest
+from scacam.inputs.labels import parse_labels
+from scacam.inputs.manifest import absolute_uris
+from scacam.inputs.sheets import read_sheet
 from scacam.storage import join, locate
 from scacam.tables import stacked
 
@@ -93,9 +93,14 @@ def read_boxes(source: str, manifest: pa.Table) -> tuple[TrueBoxes, LeftOut]:
         raise RunError(
             f"boxes {source}: {wrong.sum()} rows are no boxes (x0 <= x1, y0 <= y1), first {first}"
         )
+    if len(boxes) and boxes.max() <= 1:
+        raise RunError(
+            f"boxes {source} all lie between 0 and 1: they are shares of the image, it seems; "
+            "multiply x0 and x1 by its width, y0 and y1 by its height"
+        )
     images = manifest.select(["image_id", "label"]).append_column("key", manifest["uri"])
     if key == "uri":
-        keys = read_manifest(source).table["uri"]
+        keys = absolute_uris(table["uri"], source)
     else:
         keys = table["file"].cast(pa.string())
         images = images.set_column(2, "key", _file_names(manifest["uri"]))
@@ -162,20 +167,16 @@ def _mask_names(uris: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
 
 def _read_table(source: str) -> pa.Table:
     try:
-        filesystem, path = locate(source)
-        with filesystem.open_input_file(path) as file:
-            if path.lower().endswith(".csv"):
-                return pyarrow.csv.read_csv(file)
-            return pyarrow.parquet.read_table(file)
+        return read_sheet(source, ["uri", "file", *_CORNERS, "class_id"]).table
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read boxes {source}: {error}") from error
 
 
 def _numbers(class_ids: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
-    try:
-        return class_ids.cast(pa.float64())
-    except pa.ArrowInvalid as error:
-        raise RunError(f"boxes {source}: class_id must be numbers ({error})") from error
+    numbers, names = parse_labels(class_ids, f"boxes {source}")
+    if names.null_count < len(names):
+        raise RunError(f"boxes {source}: class_id must be numbers")
+    return numbers
 
 
 def _refuse_ambiguous(

@@ -10,7 +10,6 @@ import argparse
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,6 +20,7 @@ import ray.data
 from scacam.audit.caw import Weights, verdict
 from scacam.inputs.manifest import read_manifest
 from scacam.jobs.options import (
+    add_input_options,
     add_network_options,
     load_networks,
     refuse_below_one,
@@ -31,6 +31,7 @@ from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
+from scacam.pipeline.share import share
 from scacam.runs.lock import locked
 from scacam.storage import join
 from scacam.storage.parquet import write_table
@@ -41,11 +42,10 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the job, whose defaults are those of `run`."""
-    parser.add_argument("--input", required=True, help="images or a manifest, as for explain")
+    add_input_options(parser)
     parser.add_argument("--output", required=True, help="folder or s3:// prefix for the results")
     add_network_options(parser)
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
-    parser.add_argument("--limit", type=int, metavar="N", help="look only at the first N images")
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,10 @@ def run(
     networks: Sequence[str],
     target_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
     batch_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     limit: int | None = None,
 ) -> Result:
     """Relate the weights of networks over images; the options are those of `scacam caw`.
@@ -104,8 +107,8 @@ def run(
         OSError: the results cannot be written.
     """
     refuse_below_one(batch_size=batch_size, limit=limit)
-    manifest = read_manifest(input, limit).table
-    loaded = load_networks(networks, target_layer, categories)
+    manifest = read_manifest(input, limit, image_column, label_column).table
+    loaded = load_networks(networks, target_layer, categories, output_kind)
     path = join(output, "metrics/caw.parquet")
     with locked(output):
         start_ray()
@@ -136,7 +139,7 @@ def weigh(
         stream = stream.map_batches(
             Observe,
             fn_constructor_kwargs={
-                "load": partial(ray.get, ray.put(network)),
+                "load": share(network),
                 "sampling": samplings.index(sampling_of(network.preprocessing)),
                 "batch_size": batch_size,
                 "is_last": index == len(networks) - 1,

@@ -256,7 +256,6 @@ def evaluate_boxes(work: Work, network: str, result: Result) -> None:
     hits, methods = state.sums["hits"][0], work.claimants(network)
     levels = best_levels(hits)
     folder = join(work.run.path, f"{_IMAGES}/network={network}")
-    make_folder(folder)
     _, state = work.summed(
         network, ScoreImages, work.groups, levels=levels, known=known, folder=folder
     )
@@ -297,7 +296,6 @@ def evaluate_masks(work: Work, network: str, result: Result) -> None:
 
 def write(output: str, result: Result, truth: TrueBoxes | MaskFiles) -> None:
     """Write the tables that have rows."""
-    make_folder(result.path)
     for name, schema in _TABLES.items():
         if result.rows[name]:
             table = pa.Table.from_pylist(result.rows[name], schema)
@@ -315,12 +313,6 @@ def forget(output: str) -> None:
             filesystem.delete_dir(path)
         elif kind == fs.FileType.File:
             filesystem.delete_file(path)
-
-
-def make_folder(path: str) -> None:
-    """Create a folder and those above it."""
-    filesystem, inner_path = locate(path)
-    filesystem.create_dir(inner_path, recursive=True)
 
 
 def listed(counts: Mapping[str, int]) -> str:

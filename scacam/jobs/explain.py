@@ -20,9 +20,15 @@ import ray.data
 
 from scacam.errors import RunError
 from scacam.images import VIEWS, ViewName
-from scacam.inputs.manifest import Manifest, read_manifest, refuse_unknown_labels
+from scacam.inputs.manifest import (
+    Manifest,
+    read_manifest,
+    refuse_unknown_labels,
+    resolve_labels,
+)
 from scacam.jobs.estimate import Estimate, estimate
 from scacam.jobs.options import (
+    add_input_options,
     add_network_options,
     load_networks,
     parse_networks,
@@ -47,6 +53,7 @@ from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import bytes_per_image, sampling_of
+from scacam.pipeline.share import share
 from scacam.pipeline.sink import ShardSink
 from scacam.runs import lifecycle
 from scacam.runs.describe import describe_network, describe_run
@@ -62,11 +69,7 @@ _STALLED_S = 900
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of the job, whose defaults are those of `run`."""
-    parser.add_argument(
-        "--input",
-        required=True,
-        help="folder or s3:// prefix of images, or a .csv or .parquet manifest (uri, label)",
-    )
+    add_input_options(parser)
     parser.add_argument("--output", required=True, help="folder or s3:// prefix for the results")
     add_network_options(parser)
     parser.add_argument(
@@ -89,7 +92,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--bfloat16", action="store_true", help="run the networks in half precision, bfloat16"
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
-    parser.add_argument("--limit", type=int, metavar="N", help="explain only the first N images")
     parser.add_argument(
         "--max-error-rate",
         type=float,
@@ -177,12 +179,15 @@ def run(
     networks: Sequence[str],
     target_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
     methods: Sequence[str] = tuple(METHODS),
     top_k: int = 5,
     explain_label: bool = False,
     view: ViewName = "center_crop",
     bfloat16: bool = False,
     batch_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
     limit: int | None = None,
     max_error_rate: float = 0.5,
     gpus: int | None = None,
@@ -203,12 +208,16 @@ def run(
     check(options)
     if not dry_run:
         refuse_output(output)
-    manifest = read_manifest(input, limit)
-    loaded = load_networks(networks, target_layer, categories)
+    manifest = lifecycle.listed_before(output, asked(options)) or read_manifest(
+        input, limit, image_column, label_column
+    )
+    loaded = load_networks(networks, target_layer, categories, output_kind)
+    manifest = resolve_labels(manifest, {network.name: network.categories for network in loaded})
     check_networks(options, loaded, manifest)
     if dry_run:
         return plan(options, manifest, loaded)
     wanted = describe(options, manifest, loaded)
+    left_out = [manifest.left_out()] if manifest.ignored else []
     with locked(output):
         record = begin(output, wanted, manifest.table)
         if retry_errors:
@@ -218,9 +227,8 @@ def run(
             images = len(manifest.table)
             del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
             record, told = explain_all(options, record, images, loaded)
-    return Result(
-        output, record["images"], record["explained"], record["errors"], max_error_rate, told
-    )
+    counts = record["images"], record["explained"], record["errors"]
+    return Result(output, *counts, max_error_rate, [*left_out, *told])
 
 
 def explain_all(
@@ -275,14 +283,21 @@ def check_networks(
             logger.info("%s has no %s: no class weights", network.name, ", ".join(absent))
 
 
+def asked(options: SimpleNamespace) -> dict[str, Any]:
+    """What decides which images a run is about."""
+    names = ("input", "image_column", "label_column", "limit")
+    return {name: getattr(options, name) for name in names}
+
+
 def describe(
     options: SimpleNamespace, manifest: Manifest, networks: Sequence[Network]
 ) -> dict[str, Any]:
     """What `run.json` says before the run."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "input": options.input,
-        "ignored_files": manifest.ignored,
+        **asked(options),
+        "ignored_files": sum(manifest.ignored.values()),
+        "left_out": dict(manifest.ignored),
         **describe_run(manifest.table, options.methods),
         "networks": [describe_network(network, options.methods) for network in networks],
         "top_k": options.top_k,
@@ -360,7 +375,7 @@ def explain(
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
         stream = stream.map_batches(
             Explain,
-            fn_constructor_kwargs=arguments | {"load": partial(ray.get, ray.put(network))},
+            fn_constructor_kwargs=arguments | {"load": share(network)},
             compute=ray.data.ActorPoolStrategy(size=allotment.actors),
             batch_size=rows,
             batch_format="pyarrow",

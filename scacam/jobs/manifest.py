@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet
 
 from scacam.errors import RunError
+from scacam.inputs.labels import plain
 from scacam.inputs.layouts import LAYOUTS, Root, read_text
 from scacam.storage import join
 from scacam.storage.parquet import write_table
@@ -87,23 +88,23 @@ def run(*, layout: str, input: str, output: str, categories: str | None = None) 
             f"{input} is not in the layout {layout}: {type(error).__name__}: {error}"
         ) from error
     classes = read_text(categories).splitlines() if categories else found.classes
-    labels = {_plain(name): label for label, name in enumerate(classes)}
+    labels = {plain(name): label for label, name in enumerate(classes)}
     existing = set(root.images)
     there = [example for example in found.examples if example.uri in existing]
-    kept = sorted(example for example in there if _plain(example.name) in labels)
+    kept = sorted(example for example in there if plain(example.name) in labels)
     if not kept:
         raise RunError(
             f"{input}: no image with a known class; {len(root.images)} images, "
             f"{len(found.examples)} annotated, classes such as {', '.join(list(labels)[:3])}"
         )
-    nameless = Counter(example.name for example in there if _plain(example.name) not in labels)
+    nameless = Counter(example.name for example in there if plain(example.name) not in labels)
     root.left_out["annotated images that are not there"] += len(
         {example.uri for example in found.examples} - existing
     )
     root.left_out["images without annotation"] += len(
         set(found.images) - {example.uri for example in there}
     )
-    rows = [(example.uri, labels[_plain(example.name)], example.boxes) for example in kept]
+    rows = [(example.uri, labels[plain(example.name)], example.boxes) for example in kept]
     images = [{"uri": uri, "label": label} for uri, label, _ in rows]
     boxes = [
         {"uri": uri, **dict(zip(_CORNERS, box, strict=True)), "class_id": label}
@@ -114,10 +115,6 @@ def run(*, layout: str, input: str, output: str, categories: str | None = None) 
     _write(join(output, "boxes.parquet"), pa.Table.from_pylist(boxes, BOXES))
     distinct = len({example.uri for example in kept})
     return Result(output, len(kept), distinct, len(boxes), root.left_out, nameless)
-
-
-def _plain(name: str) -> str:
-    return name.strip().replace("_", " ").casefold()
 
 
 def _write(path: str, table: pa.Table) -> None:

@@ -13,6 +13,7 @@ from scacam.networks import Network, load_network
 from scacam.storage import read_bytes
 
 __all__ = [
+    "add_input_options",
     "add_network_options",
     "load_networks",
     "parse_networks",
@@ -23,8 +24,30 @@ __all__ = [
 logger = logging.getLogger("scacam")
 
 
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--input`, `--image-column`, `--label-column` and `--limit`."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        help="folder or s3:// prefix of images, .tar shards or .parquet tables; or a .csv or "
+        ".parquet manifest (uri, label)",
+    )
+    parser.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of tables with several columns of images, the one to take",
+    )
+    parser.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="the column of a table or manifest, or the key in .json files of tar shards, that "
+        "holds the labels (default: label)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="take only the first N images")
+
+
 def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--networks`, `--target-layer` and `--categories`."""
+    """Add `--networks`, `--target-layer`, `--categories` and `--output-kind`."""
     parser.add_argument(
         "--networks",
         required=True,
@@ -47,6 +70,13 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         help="the class names, one per line, of every network or of the one named (default: those "
         "published with it)",
     )
+    parser.add_argument(
+        "--output-kind",
+        nargs="+",
+        metavar="[NAME=]KIND",
+        help="softmax if an image is of one class, sigmoid if each class is a question by itself, "
+        "of every network or of the one named (default: what its last step is, else softmax)",
+    )
 
 
 def refuse_below_one(**options: int | None) -> None:
@@ -66,7 +96,10 @@ def parse_networks(specifications: Sequence[str]) -> dict[str, str]:
 
 
 def load_networks(
-    networks: Sequence[str], target_layer: Sequence[str] = (), categories: Sequence[str] = ()
+    networks: Sequence[str],
+    target_layer: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
 ) -> list[Network]:
     """Load what the options of `add_network_options`, here by the same names, ask for.
 
@@ -77,11 +110,20 @@ def load_networks(
     wanted = parse_networks(networks)
     layers = _by_network(target_layer, list(wanted), "--target-layer")
     files = _by_network(categories, list(wanted), "--categories")
+    kinds = _by_network(output_kind, list(wanted), "--output-kind")
     loaded = []
     for name, weights in wanted.items():
         logger.info("loading %s, weights %s", name, weights)
         names = _read_categories(files[name]) if name in files else None
-        loaded.append(load_network(name, weights, target_layer=layers.get(name), categories=names))
+        loaded.append(
+            load_network(
+                name,
+                weights,
+                target_layer=layers.get(name),
+                categories=names,
+                output_kind=kinds.get(name),
+            )
+        )
     return loaded
 
 

@@ -16,16 +16,20 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 from scacam.methods.gradients import Gradients, MaskedGradients, weigh
+from scacam.networks.output import (
+    SHAPING,
+    Output,
+    both_classes,
+    eagerly,
+    look_at_output,
+    operation,
+)
 from scacam.networks.target import TargetLayer, capture, find_target_layer
 
-__all__ = ["Anatomy", "Head", "examine"]
+__all__ = ["Anatomy", "Head", "differentiable", "examine"]
 
 
 # Operations of the autograd graph, without their suffix `Backward0`.
-_SHAPING = {
-    "Clone", "View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "AsStrided",
-    "Permute", "Transpose",
-}  # fmt: skip
 _POOLING = {"Mean", "AvgPool2D"}
 _LINEAR = {"Addmm", "Mm", "Linear", "Convolution", "MkldnnConvolution"}
 _OTHERS = {
@@ -33,7 +37,7 @@ _OTHERS = {
     "Relu", "LeakyRelu", "Elu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Tanh", "Sigmoid", "Mul",
     "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "Pow", "Clamp",
 }  # fmt: skip
-_SINGLE_PATH = _SHAPING | _POOLING | _LINEAR | _OTHERS
+_SINGLE_PATH = SHAPING | _POOLING | _LINEAR | _OTHERS
 
 
 Kind = Literal["pooled", "rectified", "scores", "general"]
@@ -63,7 +67,7 @@ class Head:
             return None
         weight = module.get_submodule(self.classifier).weight
         assert isinstance(weight, Tensor)
-        return weight.detach().flatten(1)
+        return both_classes(weight.detach().flatten(1).T).T
 
     def gradients(
         self, module: nn.Module, features: Tensor, logits: Tensor, class_ids: Tensor
@@ -119,6 +123,7 @@ class Anatomy(NamedTuple):
     Attributes:
         target_layer: the layer whose output is explained.
         head: what lies between that output and the logits.
+        output: how logits and probabilities come from what the module returns.
         straight: whether a single path of pooling, linear and pointwise operations leads from
             there to the logits, so that it is what the classifier pools.
         feature_shape: channels, height and width of that output.
@@ -127,55 +132,91 @@ class Anatomy(NamedTuple):
 
     target_layer: TargetLayer
     head: Head
+    output: Output
     straight: bool
     feature_shape: tuple[int, int, int]
     num_classes: int
 
 
-def examine(module: nn.Module, images: Tensor, target_layer: str | None = None) -> Anatomy:
+def examine(
+    module: nn.Module,
+    images: Tensor,
+    target_layer: str | None = None,
+    output_kind: str | None = None,
+) -> Anatomy:
     """Find the target layer and what the head does: by its autograd graph, checked numerically.
 
     Args:
-        module: a network that returns logits `[B, classes]`. It comes back as it was.
-        images: a batch of random values `[B, channels, H, W]`.
+        module: a network that returns logits, or what its last step makes of them `[B, classes]`.
+            It comes back as it was.
+        images: three images of random values `[3, channels, H, W]`.
         target_layer: a layer of the module; its last call is taken. Left out, it is the last layer
             with a spatial output before the classifier, pooling layers aside.
+        output_kind: as `look_at_output` takes it.
 
     Raises:
-        NetworkError: there is no such layer, the logits do not depend on it, or the module does
-            not return logits.
+        NetworkError: there is no such layer, the logits do not depend on it or cannot be had, or
+            what the module says of an image is not always the same.
+        RuntimeError: the module cannot be watched or differentiated.
     """
-    target = find_target_layer(module, images, target_layer)
-    with _frozen(module):
-        with torch.no_grad(), capture(module, target, differentiable=True) as captured:
-            logits = module(images)
+    answers: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: answers.append(output))
+    try:
+        with eagerly(), differentiable(module):
+            target = find_target_layer(module, images[:2], target_layer)
+            with capture(module, target, differentiable=True) as captured:
+                output, raw = look_at_output(module, images[1:], output_kind)
+            logits = both_classes(raw)
         features = captured.of(target)
-        operations = _operations(logits, target)
-        head = Head("general", None)
-        class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
-        for candidate in _candidates(module, operations, features.shape[1], logits.shape[1]):
-            expected = _differentiate(logits, features, class_ids)
-            with torch.no_grad():
-                found = candidate.gradients(module, features, logits, class_ids)
-            actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
-            if (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
-                head = candidate
-                break
+        operations = _operations(raw, target)
+        head = _head(module, operations, features, raw, logits)
+    finally:
+        handle.remove()
+    _refuse_other_answer(answers[0][1], answers[1][0])
     channels, height, width = features.shape[1:]
-    return Anatomy(target, head, bool(operations), (channels, height, width), logits.shape[1])
+    return Anatomy(
+        target, head, output, bool(operations), (channels, height, width), logits.shape[1]
+    )
+
+
+def _refuse_other_answer(one: Tensor, other: Tensor) -> None:
+    """Of one image, in two batches."""
+    difference = (one - other).detach().abs().max()
+    if difference > max(1e-3, 10 * torch.finfo(one.dtype).eps) * one.abs().max():
+        raise NetworkError(
+            "it gives an image another answer at another time or in another batch (a dropout that "
+            "is always on, or statistics of the batch)"
+        )
+
+
+def _head(
+    module: nn.Module, operations: list[str], features: Tensor, raw: Tensor, logits: Tensor
+) -> Head:
+    class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
+    expected = _differentiate(logits, features, class_ids)
+    for candidate in _candidates(module, operations, features.shape[1], raw.shape[1]):
+        with torch.no_grad():
+            found = candidate.gradients(module, features, logits, class_ids)
+        actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
+        if (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
+            return candidate
+    return Head("general", None)
 
 
 def _operations(logits: Tensor, target: TargetLayer) -> list[str]:
     node = logits.grad_fn
     if node is None:
-        raise NetworkError(f"the logits do not depend on layer {target.name!r}; name another")
+        raise NetworkError(
+            f"the logits do not depend on layer {target.name!r}: it is not used, or what comes "
+            "after it runs under torch.inference_mode, torch.no_grad or detach; name another layer "
+            "or take that out"
+        )
     operations: list[str] = []
     while node is not None and node.name() != "torch::autograd::AccumulateGrad":
-        operation = node.name().split("Backward")[0].rstrip("0123456789")
         parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if len(parents) != 1 or operation not in _SINGLE_PATH:
+        if len(parents) != 1 or operation(node) not in _SINGLE_PATH:
             return []
-        operations.append(operation)
+        operations.append(operation(node))
         node = parents[0]
     return operations[::-1]
 
@@ -187,10 +228,10 @@ def _candidates(
     steps = "".join(
         "p" if step in _POOLING else "l" if step in _LINEAR else "r" if step == "Relu" else "?"
         for step in operations
-        if step not in _SHAPING
+        if step not in SHAPING
     )
     kind = _KINDS.get(steps)
-    if kind is None:
+    if kind is None or (kind == "scores" and classes == 1):  # one ReLU for both classes
         return []
     return [
         Head(kind, name)
@@ -201,13 +242,18 @@ def _candidates(
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside this context; after it, those that did do again."""
+def differentiable(module: nn.Module) -> Iterator[None]:
+    """Inside this context a graph begins at a captured layer, and nowhere else.
+
+    No parameter requires a gradient; after it, those that did do again. Gradients are enabled from
+    the start, so that a backbone that the module runs under `torch.no_grad()` leaves them so.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_()

@@ -28,6 +28,7 @@ def load_network(
     *,
     target_layer: str | None = None,
     categories: Sequence[str] | None = None,
+    output_kind: str | None = None,
 ) -> Network:
     """Load a network by name, its parameters frozen.
 
@@ -40,21 +41,32 @@ def load_network(
         target_layer: the layer to explain; left out, it is found.
         categories: names of the classes; left out, those published with the network, if it has as
             many classes.
+        output_kind: as `Network` takes it.
 
     Raises:
         NetworkError: no such network or weights, the weights do not fit, or the network cannot be
             explained (see `Network`).
     """
-    if ":" in name:
-        network = _from_factory(name, weights, target_layer, categories)
-    else:
-        network = _from_recipe(name, weights, target_layer, categories)
+    load = _from_factory if ":" in name else _from_recipe
+    network = load(name, weights, target_layer, categories, output_kind)
     network.module.requires_grad_(False)
+    network.rebuild = partial(
+        load_network,
+        name,
+        weights,
+        target_layer=target_layer,
+        categories=categories,
+        output_kind=output_kind,
+    )
     return network
 
 
 def _from_recipe(
-    name: str, weights: str, target_layer: str | None, categories: Sequence[str] | None
+    name: str,
+    weights: str,
+    target_layer: str | None,
+    categories: Sequence[str] | None,
+    output_kind: str | None,
 ) -> Network:
     recipe = find_recipe(name, weights)
     if weights == "random":
@@ -70,6 +82,7 @@ def _from_recipe(
         preprocessing=recipe.preprocessing,
         categories=categories,
         weights=weights,
+        output_kind=output_kind,
     )
     if categories is None and network.num_classes == len(recipe.categories):
         network.categories = tuple(recipe.categories)
@@ -78,8 +91,8 @@ def _from_recipe(
 
 def _restored(build: Callable[[int], nn.Module], path: str) -> nn.Module:
     """A module with a checkpoint's weights, sized to its number of classes."""
-    state = read_state_dict(path)
     module = _seeded(partial(build, _CLASSES))
+    state = read_state_dict(path, module)
     num_classes = num_classes_in(state, module)
     if num_classes is not None:
         module = _seeded(partial(build, num_classes))
@@ -88,7 +101,11 @@ def _restored(build: Callable[[int], nn.Module], path: str) -> nn.Module:
 
 
 def _from_factory(
-    name: str, weights: str, target_layer: str | None, categories: Sequence[str] | None
+    name: str,
+    weights: str,
+    target_layer: str | None,
+    categories: Sequence[str] | None,
+    output_kind: str | None,
 ) -> Network:
     package, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
@@ -104,12 +121,13 @@ def _from_factory(
         module, preprocessing = made.module, made.preprocessing
         categories = categories or made.categories
         target_layer = target_layer or made.target_layer.name
+        output_kind = output_kind or made.output.kind
     elif isinstance(made, nn.Module):
         module, preprocessing = made, None
     else:
         raise NetworkError(f"{name} returned a {type(made).__name__}, not a module or a Network")
     if is_checkpoint(weights):
-        load_into(module, read_state_dict(weights), weights)
+        load_into(module, read_state_dict(weights, module), weights)
     elif weights != "DEFAULT":
         raise NetworkError(f"{name} has no weights {weights!r}; give the path of a checkpoint")
     return Network(
@@ -119,6 +137,7 @@ def _from_factory(
         preprocessing=preprocessing,
         categories=categories,
         weights=weights if is_checkpoint(weights) else "as made by the factory",
+        output_kind=output_kind,
     )
 
 

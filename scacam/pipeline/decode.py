@@ -17,7 +17,7 @@ from scacam.images import Preprocessing, ViewName, see
 from scacam.inputs.containers import read_image
 from scacam.pipeline.progress import taken_up
 from scacam.pipeline.rows import Failure, set_failures
-from scacam.storage import PATIENCE_S, is_transient, read_ahead
+from scacam.storage import PATIENCE_S, is_transient, read_ahead, read_bytes
 
 __all__ = ["Decode"]
 
@@ -106,8 +106,8 @@ class _Reader:
 
     def __init__(self) -> None:
         self.deadline: float | None = None
-        self.latest: tuple[Any, ...] | None = None
-        """An image of the block that could be read."""
+        self.given: str | None = None
+        """The uri of an image of the block that could be read."""
 
     def read(self, uri: str, offset: int | None, size: int | None) -> bytes | ImageError:
         """The bytes of an image, or why they cannot be had.
@@ -130,22 +130,25 @@ class _Reader:
                 now = time.monotonic()
                 self.deadline = self.deadline or now + PATIENCE_S
                 if now + wait > self.deadline:
-                    self._blame(error)
+                    if self._is_out():
+                        raise RunError(
+                            f"the input has been out of reach for {PATIENCE_S:g} s: {error}"
+                        ) from error
                     return ImageError("unreadable", str(error))
                 time.sleep(wait)
                 wait = min(2 * wait, 10.0)
             else:
                 self.deadline = None
-                self.latest = uri, offset, size
+                self.given = uri
                 return content
 
-    def _blame(self, error: Exception) -> None:
-        """Raise a RunError unless it is this image alone that cannot be read."""
+    def _is_out(self) -> bool:
+        """Whether the store no longer gives what it gave before, if it gave anything."""
+        if self.given is None:
+            return True
+        container, _, _ = self.given.rpartition("::")
         try:
-            if self.latest is None:
-                raise error
-            read_image(*self.latest)
-        except Exception as still:
-            raise RunError(
-                f"the input has been out of reach for {PATIENCE_S:g} s: {still}"
-            ) from still
+            read_bytes(container or self.given, 0, 1)
+        except Exception as error:
+            return is_transient(error)
+        return False

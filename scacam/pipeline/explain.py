@@ -183,7 +183,8 @@ class Explain:
         # An image without a label gets class 0 explained, and that is left out again below.
         wanted = torch.from_numpy(labels.clip(min=0)).long().to(self.device)
         explanation = self.explainer(images, wanted if self.explain_label else None)
-        probabilities = explanation.logits.float().softmax(1).gather(1, explanation.class_ids)
+        probabilities = self.network.probabilities(explanation.logits)
+        probabilities = probabilities.gather(1, explanation.class_ids)
         maps = torch.stack([explanation.heatmaps[name] for name in self.explainer.methods], dim=2)
         return {
             "class_ids": explanation.class_ids.cpu().numpy(),

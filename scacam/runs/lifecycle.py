@@ -1,5 +1,7 @@
 """The life of a run: begun, continued, its errors retried, completed."""
 
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 import pyarrow as pa
@@ -7,13 +9,25 @@ import pyarrow.parquet
 from pyarrow import fs
 
 from scacam.errors import RunError
+from scacam.inputs.manifest import Manifest, new_files
+from scacam.inputs.sheets import SHEETS
 from scacam.runs.proof import Proof, explained_ids, shards_of
 from scacam.runs.record import differences, read_record, write_record
 from scacam.storage import join, locate
-from scacam.storage.parquet import write_table
-from scacam.tables import ERRORS
+from scacam.storage.parquet import read_columns, write_table
+from scacam.tables import ERRORS, MANIFEST
 
-__all__ = ["ID", "begin", "checkpoint_path", "complete", "refuse_output", "retry_errors"]
+__all__ = [
+    "ID",
+    "begin",
+    "checkpoint_path",
+    "complete",
+    "listed_before",
+    "refuse_output",
+    "retry_errors",
+]
+
+logger = logging.getLogger("scacam")
 
 ID = "image_id"
 _CHECKPOINT = ".checkpoint"
@@ -38,6 +52,36 @@ def refuse_output(output: str) -> None:
                     )
     except (OSError, ValueError) as error:
         raise RunError(f"cannot write to output {output}: {error}") from error
+
+
+def listed_before(output: str, asked: Mapping[str, Any]) -> Manifest | None:
+    """The images of the run that is there, if it was asked for the same; None if not.
+
+    So a run continues with what it began with when its folder has grown; how much is new is told.
+    A manifest of the user's own is to be read anew: it may say something else now.
+
+    Args:
+        output: the run's folder or prefix.
+        asked: `input`, `limit` and what else decides its images, as `run.json` has it.
+
+    Raises:
+        RunError: the input is not there any more.
+        OSError: the run's manifest cannot be read.
+    """
+    record = read_record(output)
+    if record is None or asked["input"].lower().endswith(SHEETS):
+        return None
+    if any(key not in record or record[key] != value for key, value in asked.items()):
+        return None
+    filesystem, path = locate(join(output, "manifest.parquet"))
+    table = read_columns(filesystem, path, MANIFEST.names).cast(MANIFEST)
+    new = 0 if asked["limit"] is not None else new_files(asked["input"], table)
+    if new:
+        logger.warning(
+            "%d files of %s are new and no part of the run in %s; explain them into another output",
+            *(new, asked["input"], output),
+        )
+    return Manifest(table, record.get("left_out", {}))
 
 
 def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, Any]:
@@ -68,13 +112,13 @@ def begin(output: str, record: dict[str, Any], manifest: pa.Table) -> dict[str, 
             + "; ".join(told[:5])
             + (f" and {len(told) - 5} more" if len(told) > 5 else "")
         )
-    if existing["status"] != "complete" and "checkpoint" not in existing:
+    if existing["status"] == "complete":
+        _forget_checkpoint(output)  # completing it was cut off before its last step
+    elif "checkpoint" not in existing:
         raise RunError(
             f"the run in {output} was begun by a scacam that kept its checkpoint beside the "
             "output; complete it with that one, or choose another output"
         )
-    if existing["status"] == "complete":
-        _forget_checkpoint(output)  # completing it was cut off before its last step
     if existing["status"] == "retrying":
         return _forget_errors(output, existing)
     return existing

@@ -23,6 +23,9 @@ _FINGERPRINT = (
     "box_threshold",
 )
 
+_OLD_NETWORK = {"output_kind": "softmax"}
+"""How runs from before this was written treated every network."""
+
 
 def read_record(output: str) -> dict[str, Any] | None:
     """The output's `run.json`, or None if there is none.
@@ -56,6 +59,8 @@ def write_record(output: str, record: dict[str, Any]) -> None:
 def differences(existing: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """How two runs differ in what determines their results, in words; empty if they do not."""
     versions = {"scacam version": [r["versions"]["scacam"] for r in (existing, wanted)]}
+    networks = [{**_OLD_NETWORK, **network} for network in existing.get("networks", ())]
+    existing = {**existing, "networks": networks}
     before = dict(_flat({key: existing.get(key) for key in _FINGERPRINT}))
     after = dict(_flat({key: wanted.get(key) for key in _FINGERPRINT}))
     pairs = {key: [before.get(key), after.get(key)] for key in {**before, **after}} | versions
