@@ -26,6 +26,7 @@ from ray.data import DataContext
 from ray.data._internal.planner.plan_write_op import WRITE_UUID_KWARG_NAME
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.checkpoint.checkpoint_filter import CheckpointManager, IdColumnCheckpointManager
+from ray.data.checkpoint.checkpoint_writer import PENDING_CHECKPOINT_SUFFIX
 from ray.data.datasource import BlockBasedFileDatasink
 from ray.data.datasource.file_datasink import _FileDatasink
 
@@ -228,12 +229,13 @@ def test_a_block_is_bounded_in_bytes_and_in_work(images, image_bytes, costs, all
 
 def test_what_is_used_of_ray_without_being_promised_exists():
     """The upper bound in pyproject.toml is there for these."""
-    assert {"load_checkpoint", "_clean_pending_checkpoints"} <= vars(CheckpointManager).keys()
+    assert "load_checkpoint" in vars(CheckpointManager)
+    assert PENDING_CHECKPOINT_SUFFIX == ".pending"
     config = CheckpointConfig("id", "/tmp/none", override_filesystem=LocalFileSystem())
     manager = IdColumnCheckpointManager(
         checkpoint_config=config, data_context=DataContext.get_current()
     )
-    assert manager.checkpoint_path_unwrapped == "/tmp/none"
+    assert manager.checkpoint_path == "/tmp/none"
     assert manager.filesystem is config.filesystem
     assert WRITE_UUID_KWARG_NAME == "write_uuid"
     # The sink overrides `write`, and not what the public class asks for.

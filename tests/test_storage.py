@@ -351,7 +351,7 @@ def test_a_renewal_that_was_not_answered_is_no_loss(store, monkeypatch):
 
 
 def test_a_run_with_its_checkpoint_beside_the_output_is_not_continued(tmp_path):
-    record = {"schema_version": 1, "images": 1, "versions": {"scacam": "0"}}
+    record = {"schema_version": 1, "images": 1, "networks": [], "versions": {"scacam": "0"}}
     running = begin(str(tmp_path), record, pa.table({"uri": ["a"]}))
     assert begin(str(tmp_path), record, pa.table({"uri": ["a"]})) == running
     del running["checkpoint"]
