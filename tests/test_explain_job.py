@@ -339,8 +339,8 @@ def test_an_input_without_images_is_refused(tmp_path, capsys):
     [
         ("file,label\na.jpg,1\n", "no column 'uri'"),
         ("uri,label\na.jpg,9\n", "4 classes"),
-        ("uri,label\na.jpg,-1\n", "labels below 0"),
-        ("uri,label\na.jpg,cat\n", "labels are class numbers"),
+        ("uri,label\na.jpg,-2\n", "labels below 0"),
+        ("uri,label\na.jpg,cat\n", "mean no one class"),
         ("uri,label\n,1\n", "rows without a uri"),
     ],
 )

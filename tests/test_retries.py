@@ -24,7 +24,7 @@ EXPLAINED, FAILED = [0, 1, 3, 5], [2, 4]
 RECORD = {
     "schema_version": SCHEMA_VERSION,
     "images": 6,
-    "networks": [{"name": "n"}],
+    "networks": [{"name": "n", "output_kind": "softmax"}],
     "versions": {"scacam": "0"},
     "explained": 4,
 }
