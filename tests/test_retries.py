@@ -27,6 +27,7 @@ RECORD = {
     "networks": [{"name": "n", "output_kind": "softmax"}],
     "versions": {"scacam": "0"},
     "explained": 4,
+    "checkpoint": ".checkpoint",
 }
 MANIFEST = pa.table({lifecycle.ID: range(6)})
 
