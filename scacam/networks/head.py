@@ -6,7 +6,7 @@ The usual heads have a gradient in closed form, so that explaining a class costs
 every other head is differentiated by autograd.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from scacam.errors import NetworkError
+from scacam.methods import ALL_METHODS
 from scacam.methods.gradients import Gradients, MaskedGradients, weigh
-from scacam.networks.target import TargetLayer, capture, find_target_layer
+from scacam.networks.target import TargetLayer, capture, find_layers
 
-__all__ = ["Anatomy", "Head", "examine"]
+__all__ = ["Anatomy", "ExplainedLayer", "Head", "differentiate", "examine"]
 
 
 # Operations of the autograd graph, without their suffix `Backward0`.
@@ -65,23 +66,21 @@ class Head:
         assert isinstance(weight, Tensor)
         return weight.detach().flatten(1)
 
-    def gradients(
-        self, module: nn.Module, features: Tensor, logits: Tensor, class_ids: Tensor
-    ) -> Gradients:
+    def gradients(self, module: nn.Module, features: Tensor, class_ids: Tensor) -> Gradients:
         """Gradients of the logits of some classes with respect to the features (Equation 4).
+
+        In closed form, which a general head does not have: see `differentiate`.
 
         Args:
             module: the network.
-            features: `[B, C, h, w]`; for a general head, the leaf that the logits come from.
-            logits: `[B, classes]`.
+            features: `[B, C, h, w]`.
             class_ids: `[B, K]`.
 
         Returns:
             What `scacam.methods` take, in the most compact form.
         """
         class_weights = self.class_weights(module)
-        if class_weights is None:
-            return _differentiate(logits, features, class_ids)
+        assert class_weights is not None
         weights = class_weights[class_ids].to(features.dtype)
         per_cell = (weights / (features.shape[2] * features.shape[3]))[..., None, None]
         if self.kind == "rectified":
@@ -96,73 +95,119 @@ class Head:
         return per_cell
 
 
-def _differentiate(logits: Tensor, features: Tensor, class_ids: Tensor) -> Tensor:
-    """One backward pass through the head for all explained classes of the whole batch."""
+def differentiate(logits: Tensor, features: Sequence[Tensor], class_ids: Tensor) -> list[Tensor]:
+    """One backward pass for all explained classes of the whole batch, to all of some features.
+
+    Args:
+        logits: `[B, classes]`, with a graph that leads to the features.
+        features: `[B, C, h, w]` each.
+        class_ids: `[B, K]`.
+
+    Returns:
+        The gradients with respect to each of the features, `[B, K, C, h, w]`.
+    """
     with torch.enable_grad():
         chosen = logits.gather(1, class_ids).sum(0)
     each = torch.eye(len(chosen)).to(chosen)
     try:
-        (gradients,) = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             chosen, features, each, retain_graph=True, is_grads_batched=True
         )
     except RuntimeError:  # an operation that is not made for this, or too little memory for it
-        one_by_one = [
-            torch.autograd.grad(chosen, features, one, retain_graph=True)[0] for one in each
-        ]
-        gradients = torch.stack(one_by_one)
-    return gradients.transpose(0, 1)
+        one_by_one = [torch.autograd.grad(chosen, features, one, retain_graph=True) for one in each]
+        gradients = tuple(torch.stack(of_layer) for of_layer in zip(*one_by_one, strict=True))
+    return [of_layer.transpose(0, 1) for of_layer in gradients]
+
+
+class ExplainedLayer(NamedTuple):
+    """A layer whose features are weighed.
+
+    Attributes:
+        layer: the layer, as name and call.
+        head: what lies between its output and the logits.
+        straight: whether a single path of pooling, linear and pointwise operations leads from
+            there to the logits, so that it is what the classifier pools.
+        feature_shape: channels, height and width of its output.
+    """
+
+    layer: TargetLayer
+    head: Head
+    straight: bool
+    feature_shape: tuple[int, int, int]
+
+    def supports(self, method: str) -> bool:
+        """Whether a method has maps of this layer's features and resolution."""
+        needs = ALL_METHODS[method]
+        return not needs.needs_finer_layer and (
+            self.head.kind != "general" or not needs.needs_class_weights
+        )
 
 
 class Anatomy(NamedTuple):
     """What a look inside a network found.
 
     Attributes:
-        target_layer: the layer whose output is explained.
-        head: what lies between that output and the logits.
-        straight: whether a single path of pooling, linear and pointwise operations leads from
-            there to the logits, so that it is what the classifier pools.
-        feature_shape: channels, height and width of that output.
+        layers: those that are explained, in the order in which they run; the last is the target
+            layer.
+        finer_layer: the last layer with twice the target layer's resolution, just before it is
+            halved, or None.
+        finer_shape: channels, height and width of its output, or None.
         num_classes: how many logits there are.
     """
 
-    target_layer: TargetLayer
-    head: Head
-    straight: bool
-    feature_shape: tuple[int, int, int]
+    layers: tuple[ExplainedLayer, ...]
+    finer_layer: TargetLayer | None
+    finer_shape: tuple[int, int, int] | None
     num_classes: int
 
 
-def examine(module: nn.Module, images: Tensor, target_layer: str | None = None) -> Anatomy:
-    """Find the target layer and what the head does: by its autograd graph, checked numerically.
+def examine(
+    module: nn.Module,
+    images: Tensor,
+    target_layers: Sequence[str] = (),
+    finer_layer: str | None = None,
+) -> Anatomy:
+    """Find the layers and what the head does: by its autograd graph, checked numerically.
 
     Args:
         module: a network that returns logits `[B, classes]`. It comes back as it was.
         images: a batch of random values `[B, channels, H, W]`.
-        target_layer: a layer of the module; its last call is taken. Left out, it is the last layer
-            with a spatial output before the classifier, pooling layers aside.
+        target_layers: layers of the module; their last calls are taken. Without any, it is the last
+            layer with a spatial output before the classifier, pooling layers aside.
+        finer_layer: a layer of the module; left out, it is found by the resolutions.
 
     Raises:
         NetworkError: there is no such layer, the logits do not depend on it, or the module does
             not return logits.
     """
-    target = find_target_layer(module, images, target_layer)
+    found = find_layers(module, images, target_layers, finer_layer)
     with _frozen(module):
-        with torch.no_grad(), capture(module, target, differentiable=True) as captured:
-            logits = module(images)
-        features = captured.of(target)
-        operations = _operations(logits, target)
-        head = Head("general", None)
-        class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
-        for candidate in _candidates(module, operations, features.shape[1], logits.shape[1]):
-            expected = _differentiate(logits, features, class_ids)
-            with torch.no_grad():
-                found = candidate.gradients(module, features, logits, class_ids)
-            actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
-            if (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
-                head = candidate
-                break
+        explained = [_explained(module, images, layer) for layer in found.explained]
+    layers = tuple(layer for layer, _ in explained)
+    return Anatomy(layers, found.finer, found.finer_shape, explained[-1][1])
+
+
+def _explained(
+    module: nn.Module, images: Tensor, target: TargetLayer
+) -> tuple[ExplainedLayer, int]:
+    """One layer with what lies behind it, and how many logits there are."""
+    with torch.no_grad(), capture(module, [target], differentiable=[target]) as captured:
+        logits = module(images)
+    features = captured.of(target)
+    operations = _operations(logits, target)
+    head = Head("general", None)
+    class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
+    for candidate in _candidates(module, operations, features.shape[1], logits.shape[1]):
+        (expected,) = differentiate(logits, [features], class_ids)
+        with torch.no_grad():
+            found = candidate.gradients(module, features, class_ids)
+        actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
+        if (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
+            head = candidate
+            break
     channels, height, width = features.shape[1:]
-    return Anatomy(target, head, bool(operations), (channels, height, width), logits.shape[1])
+    layer = ExplainedLayer(target, head, bool(operations), (channels, height, width))
+    return layer, logits.shape[1]
 
 
 def _operations(logits: Tensor, target: TargetLayer) -> list[str]:

@@ -26,7 +26,8 @@ def load_network(
     name: str,
     weights: str = "DEFAULT",
     *,
-    target_layer: str | None = None,
+    target_layer: str | Sequence[str] | None = None,
+    finer_layer: str | None = None,
     categories: Sequence[str] | None = None,
 ) -> Network:
     """Load a network by name, its parameters frozen.
@@ -37,7 +38,8 @@ def load_network(
         weights: the name of published weights (`DEFAULT`, `IMAGENET1K_V1`, …), the path or `s3://`
             uri of a state-dict checkpoint, or `random` (from a fixed seed). A factory's `DEFAULT`
             is what it returns.
-        target_layer: the layer to explain; left out, it is found.
+        target_layer: the layer to explain, or several; left out, it is found.
+        finer_layer: the finer layer; left out, it is found.
         categories: names of the classes; left out, those published with the network, if it has as
             many classes.
 
@@ -46,15 +48,19 @@ def load_network(
             explained (see `Network`).
     """
     if ":" in name:
-        network = _from_factory(name, weights, target_layer, categories)
+        network = _from_factory(name, weights, target_layer, finer_layer, categories)
     else:
-        network = _from_recipe(name, weights, target_layer, categories)
+        network = _from_recipe(name, weights, target_layer, finer_layer, categories)
     network.module.requires_grad_(False)
     return network
 
 
 def _from_recipe(
-    name: str, weights: str, target_layer: str | None, categories: Sequence[str] | None
+    name: str,
+    weights: str,
+    target_layer: str | Sequence[str] | None,
+    finer_layer: str | None,
+    categories: Sequence[str] | None,
 ) -> Network:
     recipe = find_recipe(name, weights)
     if weights == "random":
@@ -67,6 +73,7 @@ def _from_recipe(
         module,
         name=name,
         target_layer=target_layer,
+        finer_layer=finer_layer,
         preprocessing=recipe.preprocessing,
         categories=categories,
         weights=weights,
@@ -88,7 +95,11 @@ def _restored(build: Callable[[int], nn.Module], path: str) -> nn.Module:
 
 
 def _from_factory(
-    name: str, weights: str, target_layer: str | None, categories: Sequence[str] | None
+    name: str,
+    weights: str,
+    target_layer: str | Sequence[str] | None,
+    finer_layer: str | None,
+    categories: Sequence[str] | None,
 ) -> Network:
     package, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
@@ -103,7 +114,10 @@ def _from_factory(
     if isinstance(made, Network):
         module, preprocessing = made.module, made.preprocessing
         categories = categories or made.categories
-        target_layer = target_layer or made.target_layer.name
+        if target_layer is None:
+            target_layer = [explained.layer.name for explained in made.layers]
+            if finer_layer is None and made.finer_layer is not None:
+                finer_layer = made.finer_layer.name
     elif isinstance(made, nn.Module):
         module, preprocessing = made, None
     else:
@@ -116,6 +130,7 @@ def _from_factory(
         module,
         name=name,
         target_layer=target_layer,
+        finer_layer=finer_layer,
         preprocessing=preprocessing,
         categories=categories,
         weights=weights if is_checkpoint(weights) else "as made by the factory",

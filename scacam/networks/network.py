@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 from scacam.images import Preprocessing
-from scacam.methods import METHODS
+from scacam.methods import ALL_METHODS
 from scacam.networks.head import examine
 
 __all__ = ["Network"]
@@ -25,9 +25,14 @@ class Network:
         weights: where its weights come from, in words.
         preprocessing: how it wants its images.
         categories: the names of its classes, or None.
-        target_layer: the layer whose output the classifier pools, as name and call.
+        layers: those that are explained, in the order in which they run.
+        target_layer: the last of them as name and call: it is the one whose output the classifier
+            pools, unless others were named.
         head: what lies between that output and the logits.
         feature_shape: channels, height and width of the features of a preprocessed image.
+        finer_layer: the last layer with twice the target layer's resolution, just before it is
+            halved, or None.
+        finer_shape: channels, height and width of its output, or None.
         num_classes: how many logits there are.
     """
 
@@ -36,7 +41,8 @@ class Network:
         module: nn.Module,
         *,
         name: str | None = None,
-        target_layer: str | None = None,
+        target_layer: str | Sequence[str] | None = None,
+        finer_layer: str | None = None,
         preprocessing: Preprocessing | None = None,
         categories: Sequence[str] | None = None,
         weights: str = "as given",
@@ -46,7 +52,9 @@ class Network:
         Args:
             module: a classifier that returns logits `[B, classes]`; it is put into eval mode.
             name: what to call it; left out, the name of its class.
-            target_layer: name of the layer to explain; left out, it is found.
+            target_layer: name of the layer to explain, or names of several, of which the last to
+                run is the target layer; left out, it is found.
+            finer_layer: name of the finer layer; left out, it is found by the resolutions.
             preprocessing: left out, ImageNet's, for gray images where the module wants one channel.
             categories: names of the classes, one per logit.
             weights: where the weights come from.
@@ -59,15 +67,16 @@ class Network:
         self.name = name or type(module).__name__
         self.weights = weights
         self.preprocessing = preprocessing or _default_preprocessing(module)
+        named = [target_layer] if isinstance(target_layer, str) else list(target_layer or ())
         try:
-            anatomy = examine(module, self._random_images(2), target_layer)
+            anatomy = examine(module, self._random_images(2), named, finer_layer)
         except NetworkError as error:
             raise NetworkError(f"{self.name}: {error}") from error
-        self.target_layer = anatomy.target_layer
-        self.head = anatomy.head
-        self.feature_shape = anatomy.feature_shape
+        self.layers = anatomy.layers
+        self.target_layer, self.head, straight, self.feature_shape = anatomy.layers[-1]
+        self.finer_layer, self.finer_shape = anatomy.finer_layer, anatomy.finer_shape
         self.num_classes = anatomy.num_classes
-        if target_layer is None and not anatomy.straight:
+        if not named and not straight:
             raise NetworkError(
                 f"{self.name}: no spatial map leads straight to its classifier (the last one is "
                 f"the output of {self.target_layer.name!r}); name a target layer to explain it "
@@ -85,8 +94,25 @@ class Network:
         return self.head.class_weights(self.module)
 
     def supports(self, method: str) -> bool:
-        """Whether a method of `scacam.methods.METHODS` has maps for this network."""
-        return self.head.kind != "general" or not METHODS[method].needs_class_weights
+        """Whether a method has maps for this network: of its target layer, or of the finer one."""
+        if ALL_METHODS[method].needs_finer_layer:
+            return self.finer_layer is not None
+        return self.layers[-1].supports(method)
+
+    def methods_by_layer(self, methods: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Those of some methods that have maps, by the name of the layer under which these stand.
+
+        The maps of methods that need the finer layer have its resolution and stand under its name.
+        A layer without maps has no key.
+        """
+        chosen = {
+            explained.layer.name: [name for name in methods if explained.supports(name)]
+            for explained in self.layers
+        }
+        if self.finer_layer is not None:
+            finer = [name for name in methods if ALL_METHODS[name].needs_finer_layer]
+            chosen.setdefault(self.finer_layer.name, []).extend(finer)
+        return {layer: tuple(names) for layer, names in chosen.items() if names}
 
     def normalize(self, pixels: Tensor) -> Tensor:
         """From uint8 pixels `[B, H, W, channels]` to what the module wants, on the same device.
