@@ -15,7 +15,7 @@ from scacam.errors import NetworkError
 __all__ = ["Capture", "FoundLayers", "TargetLayer", "capture", "find_layers"]
 
 
-# Their output is their input, or is pooled already: never the features.
+# Their output is their input, padded perhaps, or is pooled already: never the features.
 _NOT_FEATURES = (
     nn.Identity,
     nn.Flatten,
@@ -23,6 +23,9 @@ _NOT_FEATURES = (
     nn.modules.pooling._AvgPoolNd,
     nn.modules.pooling._AdaptiveAvgPoolNd,
     nn.modules.pooling._AdaptiveMaxPoolNd,
+    nn.modules.padding._ConstantPadNd,
+    nn.modules.padding._ReflectionPadNd,
+    nn.modules.padding._ReplicationPadNd,
 )
 
 
@@ -210,13 +213,16 @@ def _find_finer(calls: list[_Call], explained: list[int], images: Sequence[int])
     before its stride, say.
     """
     target = explained[-1]
-    height, width = _cells(calls[target].given, images)
+    halves = _cells(calls[target].given, images)
 
     def is_double(shape: tuple[int, ...]) -> bool:
         if len(shape) != 4 or shape[0] != images[0]:
             return False
-        rows, columns = _cells(shape, images)
-        return round(rows / height) == round(columns / width) == 2
+        # 2 n ± 1 become n by a stride of 2, 2 n + 2 by one without padding.
+        return all(
+            half < cells and 2 * half - 1 <= cells <= 2 * half + 2
+            for cells, half in zip(_cells(shape, images), halves, strict=True)
+        )
 
     halving = tuple(
         f"{call.name}."
@@ -224,7 +230,7 @@ def _find_finer(calls: list[_Call], explained: list[int], images: Sequence[int])
         if is_double(call.taken)
         and call.taken != tuple(images)
         and len(call.given) == 4
-        and _cells(call.given, images) == (height, width)
+        and _cells(call.given, images) == halves
     )
     explained_names = {calls[index].name for index in explained}
     for index in reversed(range(target)):
