@@ -475,3 +475,123 @@ def test_a_named_finer_layer_and_none() -> None:
     assert not alone.supports("extent_cam")
     explanation = Explainer(alone, ["grad_cam", "extent_cam"])(_images(1, 3, 64, 64))
     assert list(explanation.heatmaps) == ["grad_cam"]
+
+
+# --- Families with a ReLU at the finer layer, trained on made-up images
+
+SIDE = 64
+
+
+def _stripes(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Striped discs and rectangles on a blotchy background: images, classes and masks.
+
+    The class is the direction of the stripes, which fill the object.
+    """
+    generator = torch.Generator().manual_seed(seed)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    classes = torch.randint(4, (count,), generator=generator)
+    rows, columns = (
+        axis[None] for axis in torch.meshgrid(*[torch.arange(SIDE)] * 2, indexing="ij")
+    )
+    half = uniform(10, 20, 2, 1, 1)
+    y, x = (uniform(20, SIDE - 20, 1, 1) for _ in range(2))
+    v, u = (rows - y) / half[:, 0], (columns - x) / half[:, 1]
+    round_ones = uniform(0, 1, 1, 1) < 0.5
+    masks = torch.where(round_ones, v**2 + u**2, torch.maximum(v.abs(), u.abs())) < 1
+    angles = (classes * math.pi / 4)[:, None, None]
+    phases = (rows * angles.sin() + columns * angles.cos()) * 1.2 + uniform(0, 6, 1, 1)
+    background = F.interpolate(uniform(-1, 1, 3, 8, 8), (SIDE, SIDE), mode="bicubic")
+    objects = uniform(-0.5, 0.5, 3, 1, 1) + phases.sin()[:, None]
+    images = torch.where(masks[:, None], objects, background)
+    images += 0.2 * torch.randn(images.shape, generator=generator)
+    return images, classes, masks
+
+
+def _block(channels: int, wider: int, stride: int = 1) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(channels, wider, 3, stride, 1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()
+    )
+
+
+def _vgg() -> nn.Module:
+    stages = [
+        nn.Sequential(_block(channels, wider), _block(wider, wider), nn.MaxPool2d(2))
+        for channels, wider in ((3, 16), (16, 24), (24, 32), (32, 48))
+    ]
+    return nn.Sequential(
+        nn.Sequential(*(layer for stage in stages for layer in stage)),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, 4),
+    )
+
+
+class _Residual(nn.Module):
+    def __init__(self, channels: int, wider: int, stride: int) -> None:
+        super().__init__()
+        self.skip = nn.Conv2d(channels, wider, 1, stride, bias=False)
+        self.body = nn.Sequential(
+            _block(channels, wider, stride), nn.Conv2d(wider, wider, 3, padding=1), nn.ReLU()
+        )
+
+    def forward(self, features: Tensor) -> Tensor:
+        return (self.skip(features) + self.body(features)).relu()
+
+
+def _resnet() -> nn.Module:
+    stages = [
+        _Residual(channels, wider, stride)
+        for channels, wider, stride in ((16, 16, 1), (16, 24, 2), (24, 32, 2), (32, 48, 2))
+    ]
+    return nn.Sequential(
+        nn.Sequential(_block(3, 16, 2), *stages),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(48, 4),
+    )
+
+
+def _densenet() -> nn.Module:
+    module = torchvision.models.DenseNet(8, (2, 2, 2, 2), 16, num_classes=4)
+    module.features.pool0 = nn.Identity()
+    return module
+
+
+TRAINED = {"vgg": (_vgg, "0.10"), "resnet": (_resnet, "0.3")}
+TRAINED["densenet"] = (_densenet, "features.denseblock3")
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", TRAINED)
+def test_the_whole_object_on_small_networks_trained_on_made_up_images(family: str) -> None:
+    build, finer = TRAINED[family]
+    torch.manual_seed(0)
+    module = build()
+    images, classes, _ = _stripes(1024, seed=0)
+    optimizer = torch.optim.Adam(module.parameters(), 3e-3)
+    for _ in range(4):
+        for batch in torch.randperm(len(images)).split(32):
+            optimizer.zero_grad()
+            F.cross_entropy(module(images[batch]), classes[batch]).backward()
+            optimizer.step()
+    network = Network(module, preprocessing=Preprocessing(crop_size=(SIDE, SIDE)))
+    assert network.finer_layer == TargetLayer(finer)
+    images, classes, masks = _stripes(128, seed=1)
+    explanation = Explainer(network, ["grad_cam", "extent_cam"], top_k=1)(images, classes)
+    right = (explanation.class_ids[:, 0] == classes).float().mean()
+    best = {}
+    for name, maps in explanation.heatmaps.items():
+        assert maps.isfinite().all()
+        shown = F.interpolate(maps[:, 1:].relu(), (SIDE, SIDE), mode="bilinear")[:, 0]
+        shown = shown / shown.amax((1, 2), keepdim=True).clamp(min=1e-9)
+        overlaps = []
+        for level in torch.arange(0.05, 0.95, 0.05):  # each method at its best threshold
+            claimed = shown > level
+            union = (claimed | masks).sum((1, 2))
+            overlaps.append(((claimed & masks).sum((1, 2)) / union).mean().item())
+        best[name] = max(overlaps)
+    assert right > 0.9
+    assert best["extent_cam"] > best["grad_cam"] + 0.02
