@@ -142,7 +142,7 @@ class Explainer:
 
         Args:
             network: the network to explain.
-            methods: names from `scacam.methods.METHODS`.
+            methods: names from `scacam.methods.ALL_METHODS`; left out, those of `METHODS`.
             top_k: how many of the most probable classes to explain, at most all.
         """
         unknown = [name for name in methods or () if name not in ALL_METHODS]
