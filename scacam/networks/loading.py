@@ -26,7 +26,8 @@ def load_network(
     name: str,
     weights: str = "DEFAULT",
     *,
-    target_layer: str | None = None,
+    target_layer: str | Sequence[str] | None = None,
+    finer_layer: str | None = None,
     categories: Sequence[str] | None = None,
     output_kind: str | None = None,
 ) -> Network:
@@ -38,7 +39,8 @@ def load_network(
         weights: the name of published weights (`DEFAULT`, `IMAGENET1K_V1`, …), the path or `s3://`
             uri of a state-dict checkpoint, or `random` (from a fixed seed). A factory's `DEFAULT`
             is what it returns.
-        target_layer: the layer to explain; left out, it is found.
+        target_layer: the layer to explain, or several; left out, it is found.
+        finer_layer: the finer layer; left out, it is found.
         categories: names of the classes; left out, those published with the network, if it has as
             many classes.
         output_kind: as `Network` takes it.
@@ -48,13 +50,14 @@ def load_network(
             explained (see `Network`).
     """
     load = _from_factory if ":" in name else _from_recipe
-    network = load(name, weights, target_layer, categories, output_kind)
+    network = load(name, weights, target_layer, finer_layer, categories, output_kind)
     network.module.requires_grad_(False)
     network.rebuild = partial(
         load_network,
         name,
         weights,
         target_layer=target_layer,
+        finer_layer=finer_layer,
         categories=categories,
         output_kind=output_kind,
     )
@@ -64,7 +67,8 @@ def load_network(
 def _from_recipe(
     name: str,
     weights: str,
-    target_layer: str | None,
+    target_layer: str | Sequence[str] | None,
+    finer_layer: str | None,
     categories: Sequence[str] | None,
     output_kind: str | None,
 ) -> Network:
@@ -79,6 +83,7 @@ def _from_recipe(
         module,
         name=name,
         target_layer=target_layer,
+        finer_layer=finer_layer,
         preprocessing=recipe.preprocessing,
         categories=categories,
         weights=weights,
@@ -103,7 +108,8 @@ def _restored(build: Callable[[int], nn.Module], path: str) -> nn.Module:
 def _from_factory(
     name: str,
     weights: str,
-    target_layer: str | None,
+    target_layer: str | Sequence[str] | None,
+    finer_layer: str | None,
     categories: Sequence[str] | None,
     output_kind: str | None,
 ) -> Network:
@@ -120,8 +126,11 @@ def _from_factory(
     if isinstance(made, Network):
         module, preprocessing = made.module, made.preprocessing
         categories = categories or made.categories
-        target_layer = target_layer or made.target_layer.name
         output_kind = output_kind or made.output.kind
+        if target_layer is None:
+            target_layer = [explained.layer.name for explained in made.layers]
+            if finer_layer is None and made.finer_layer is not None:
+                finer_layer = made.finer_layer.name
     elif isinstance(made, nn.Module):
         module, preprocessing = made, None
     else:
@@ -134,6 +143,7 @@ def _from_factory(
         module,
         name=name,
         target_layer=target_layer,
+        finer_layer=finer_layer,
         preprocessing=preprocessing,
         categories=categories,
         weights=weights if is_checkpoint(weights) else "as made by the factory",

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 from scacam.images import Preprocessing
-from scacam.methods import METHODS
+from scacam.methods import ALL_METHODS
 from scacam.networks.head import examine
 
 __all__ = ["Network"]
@@ -26,10 +26,15 @@ class Network:
         weights: where its weights come from, in words.
         preprocessing: how it wants its images.
         categories: the names of its classes, or None.
-        target_layer: the layer whose output the classifier pools, as name and call.
+        layers: those that are explained, in the order in which they run.
+        target_layer: the last of them as name and call: it is the one whose output the classifier
+            pools, unless others were named.
         head: what lies between that output and the logits.
         output: how logits and probabilities come from what the module returns.
         feature_shape: channels, height and width of the features of a preprocessed image.
+        finer_layer: the last layer with twice the target layer's resolution, just before it is
+            halved, or None.
+        finer_shape: channels, height and width of its output, or None.
         num_classes: how many logits there are; 2 for a module that returns a single one.
         rebuild: makes the same network again, if `load_network` made this one; else None.
     """
@@ -39,7 +44,8 @@ class Network:
         module: nn.Module,
         *,
         name: str | None = None,
-        target_layer: str | None = None,
+        target_layer: str | Sequence[str] | None = None,
+        finer_layer: str | None = None,
         preprocessing: Preprocessing | None = None,
         categories: Sequence[str] | None = None,
         weights: str = "as given",
@@ -51,7 +57,9 @@ class Network:
             module: a classifier that returns logits `[B, classes]`, or their softmax or sigmoid; it
                 is put into eval mode.
             name: what to call it; left out, the name of its class.
-            target_layer: name of the layer to explain; left out, it is found.
+            target_layer: name of the layer to explain, or names of several, of which the last to
+                run is the target layer; left out, it is found.
+            finer_layer: name of the finer layer; left out, it is found by the resolutions.
             preprocessing: left out, ImageNet's, for gray images where the module wants one channel.
             categories: names of the classes, one per logit; two for a single logit, of which the
                 second is the one it speaks for.
@@ -70,9 +78,10 @@ class Network:
         self.weights = weights
         self.rebuild: Callable[[], Network] | None = None
         self.preprocessing = preprocessing or _default_preprocessing(module)
+        named = [target_layer] if isinstance(target_layer, str) else list(target_layer or ())
         try:
             _refuse_unfit(module)
-            anatomy = examine(module, self._random_images(3), target_layer, output_kind)
+            anatomy = examine(module, self._random_images(3), named, finer_layer, output_kind)
         except (NetworkError, RuntimeError) as error:
             reason = str(error)
             if any(isinstance(layer, torch.jit.ScriptModule) for layer in module.modules()):
@@ -83,12 +92,12 @@ class Network:
             elif isinstance(error, RuntimeError):
                 reason = f"it cannot be watched or differentiated: {reason}"
             raise NetworkError(f"{self.name}: {reason}") from error
-        self.target_layer = anatomy.target_layer
-        self.head = anatomy.head
+        self.layers = anatomy.layers
+        self.target_layer, self.head, straight, self.feature_shape = anatomy.layers[-1]
+        self.finer_layer, self.finer_shape = anatomy.finer_layer, anatomy.finer_shape
         self.output = anatomy.output
-        self.feature_shape = anatomy.feature_shape
         self.num_classes = anatomy.num_classes
-        if target_layer is None and not anatomy.straight:
+        if not named and not straight:
             raise NetworkError(
                 f"{self.name}: no spatial map leads straight to its classifier (the last one is "
                 f"the output of {self.target_layer.name!r}); name a target layer to explain it "
@@ -110,8 +119,25 @@ class Network:
         return f"class {class_id}" if self.categories is None else self.categories[class_id]
 
     def supports(self, method: str) -> bool:
-        """Whether a method of `scacam.methods.METHODS` has maps for this network."""
-        return self.head.kind != "general" or not METHODS[method].needs_class_weights
+        """Whether a method has maps for this network: of its target layer, or of the finer one."""
+        if ALL_METHODS[method].needs_finer_layer:
+            return self.finer_layer is not None
+        return self.layers[-1].supports(method)
+
+    def methods_by_layer(self, methods: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Those of some methods that have maps, by the name of the layer under which these stand.
+
+        The maps of methods that need the finer layer have its resolution and stand under its name.
+        A layer without maps has no key.
+        """
+        chosen = {
+            explained.layer.name: [name for name in methods if explained.supports(name)]
+            for explained in self.layers
+        }
+        if self.finer_layer is not None:
+            finer = [name for name in methods if ALL_METHODS[name].needs_finer_layer]
+            chosen.setdefault(self.finer_layer.name, []).extend(finer)
+        return {layer: tuple(names) for layer, names in chosen.items() if names}
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits `[B, classes]` of preprocessed images, whatever the module makes of them."""
