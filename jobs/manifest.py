@@ -2,8 +2,8 @@
 
 import sys
 
-from scacam.jobs.manifest import main
+from scacam.jobs.command import run_job
 
 if __name__ == "__main__":
     sys.path.pop(0)  # this folder would hide modules of the same names
-    sys.exit(main())
+    sys.exit(run_job("manifest"))

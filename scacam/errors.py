@@ -14,6 +14,10 @@ class ImageError(ScacamError):
         super().__init__(message)
         self.kind = kind
 
+    def __reduce__(self) -> tuple[type, tuple[str, str]]:
+        # It crosses processes, and an exception is rebuilt from its message alone.
+        return type(self), (self.kind, str(self))
+
 
 class NetworkError(ScacamError):
     """A network, its weights or its target layer cannot be used as asked."""

@@ -1,6 +1,7 @@
 """A batch of images to logits and heatmaps: one forward pass, all methods, all top-k classes."""
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -8,10 +9,11 @@ import torch
 from torch import Tensor
 
 from scacam.errors import ScacamError
-from scacam.methods import METHODS
+from scacam.methods import ALL_METHODS, METHODS, gap_cam, grad_cam
 from scacam.methods.gradients import Gradients
 from scacam.networks import Network
-from scacam.networks.target import capture
+from scacam.networks.head import differentiable, differentiate
+from scacam.networks.target import TargetLayer, capture
 
 __all__ = ["Explainer", "Explanation", "Observation", "observe"]
 
@@ -19,12 +21,16 @@ __all__ = ["Explainer", "Explanation", "Observation", "observe"]
 class Observation(NamedTuple):
     """What one forward pass shows of B images and K classes of each: all that methods weigh.
 
+    It is that of one layer, the target layer, with those of the network's other layers beside it.
+
     Attributes:
         logits: `[B, classes]`.
         class_ids: int64 `[B, K]`, the top classes in falling order, then the label if given.
         features: `[B, C, h, w]`, in single precision at least.
         gradients: of the logits of `class_ids` with respect to the features.
         class_weights: `[B, K, C]`, or None where the network has none.
+        finer_features: `[B, C, H, W]` of the finer layer, if they were wanted.
+        earlier: by name, what the layers show that run before the target layer.
     """
 
     logits: Tensor
@@ -32,18 +38,26 @@ class Observation(NamedTuple):
     features: Tensor
     gradients: Gradients
     class_weights: Tensor | None
+    finer_features: Tensor | None
+    earlier: "dict[str, Observation]"
 
 
 def observe(
-    network: Network, images: Tensor, top_k: int, labels: Tensor | None = None
+    network: Network,
+    images: Tensor,
+    top_k: int,
+    labels: Tensor | None = None,
+    *,
+    finer: bool = False,
 ) -> Observation:
-    """Run a network once and take what its target layer shows.
+    """Run a network once and take what its layers show.
 
     Args:
         network: the network.
         images: float `[B, channels, H, W]`, preprocessed as the network wants.
         top_k: how many of the most probable classes to look at.
         labels: int64 `[B]`, one more class of each image; left out, none.
+        finer: whether to take the finer layer's features as well.
 
     Raises:
         ScacamError: the module is in training mode, where batch statistics would mix images; or
@@ -53,26 +67,43 @@ def observe(
         raise ScacamError(f"{network.name} is in training mode; call network.module.eval()")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ScacamError(f"{len(images)} images need one label each, not {list(labels.shape)}")
-    differentiable = network.head.kind == "general"
+    finer_layer = network.finer_layer if finer else None
+    general = [layer for layer, head, *_ in network.layers if head.kind == "general"]
+    wanted = {layer for layer, *_ in network.layers}
+    if finer_layer is not None:
+        wanted.add(finer_layer)
     with torch.inference_mode(False), torch.no_grad():
-        with capture(
-            network.module, network.target_layer, differentiable=differentiable
-        ) as captured:
-            logits = network.module(images)
+        with (
+            differentiable(network.module) if general else nullcontext(),
+            capture(network.module, wanted, differentiable=general) as captured,
+        ):
+            logits = network.logits(images)
         with _full_precision(images):
-            leaf = captured.of(network.target_layer)
-            features = _widened(leaf.detach())
             class_ids = logits.detach().topk(top_k).indices
             if labels is not None:
                 class_ids = torch.cat([class_ids, labels[:, None]], dim=1)
-            gradients = network.head.gradients(
-                network.module, leaf if differentiable else features, logits, class_ids
-            )
-            if isinstance(gradients, Tensor):
-                gradients = _widened(gradients)
-            weights = network.class_weights
-            chosen = None if weights is None else weights[class_ids].to(features.dtype)
-    return Observation(logits.detach(), class_ids, features, gradients, chosen)
+            by_autograd: dict[TargetLayer, Tensor] = {}
+            if general:
+                leaves = [captured.of(layer) for layer in general]
+                gradients = differentiate(logits, leaves, class_ids)
+                by_autograd = dict(zip(general, gradients, strict=True))
+            finer_features = None
+            if finer_layer is not None:
+                finer_features = _widened(captured.of(finer_layer).detach())
+            earlier: dict[str, Observation] = {}
+            for layer, head, *_ in network.layers:
+                features = _widened(captured.of(layer).detach())
+                weights = head.class_weights(network.module)
+                chosen = None if weights is None else weights[class_ids].to(features.dtype)
+                slopes: Gradients
+                if layer in by_autograd:
+                    slopes = _widened(by_autograd[layer])
+                else:
+                    slopes = head.gradients(network.module, features, class_ids)
+                seen = Observation(logits.detach(), class_ids, features, slopes, chosen, None, {})
+                if layer != network.target_layer:
+                    earlier[layer.name] = seen
+    return seen._replace(finer_features=finer_features, earlier=earlier)
 
 
 def _full_precision(images: Tensor) -> torch.autocast:
@@ -92,13 +123,17 @@ class Explanation:
     Attributes:
         logits: `[B, classes]`.
         class_ids: int64 `[B, K]`, the top classes in falling order, then the label if given.
-        heatmaps: by method, `[B, K, h, w]`: raw, signed, before any ReLU. A method that the network
+        heatmaps: by method, `[B, K, h, w]`: raw, signed, before any ReLU; of the target layer, or
+            of the finer layer's resolution where the method needs that. A method that the network
             does not support has no key.
+        layers: the same and those of the network's earlier layers, by the name of the layer and
+            method. Maps that have the finer layer's resolution stand under its name.
     """
 
     logits: Tensor
     class_ids: Tensor
     heatmaps: dict[str, Tensor]
+    layers: dict[str, dict[str, Tensor]]
 
 
 class Explainer:
@@ -111,16 +146,17 @@ class Explainer:
 
         Args:
             network: the network to explain.
-            methods: names from `scacam.methods.METHODS`.
+            methods: names from `scacam.methods.ALL_METHODS`; left out, those of `METHODS`.
             top_k: how many of the most probable classes to explain, at most all.
         """
-        unknown = [name for name in methods or () if name not in METHODS]
+        unknown = [name for name in methods or () if name not in ALL_METHODS]
         if unknown:
-            raise ScacamError(f"unknown method {unknown[0]!r}; known are {', '.join(METHODS)}")
+            raise ScacamError(f"unknown method {unknown[0]!r}; known are {', '.join(ALL_METHODS)}")
         if top_k < 1:
             raise ScacamError(f"top_k is the number of classes to explain, not {top_k}")
         self.network = network
         self.methods = tuple(name for name in methods or METHODS if network.supports(name))
+        self.layers = network.methods_by_layer(methods or tuple(METHODS))
         self.top_k = min(top_k, network.num_classes)
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Explanation:
@@ -136,10 +172,33 @@ class Explainer:
         Raises:
             ScacamError: as `observe`.
         """
-        seen = observe(self.network, images, self.top_k, labels)
+        seen = observe(
+            self.network, images, self.top_k, labels, finer=any(map(_is_finer, self.methods))
+        )
         with torch.no_grad(), _full_precision(images):
-            heatmaps = {
-                name: METHODS[name].function(seen.features, seen.gradients, seen.class_weights)
-                for name in self.methods
+            heatmaps = {name: _maps(name, seen) for name in self.methods}
+            layers = {
+                layer: {
+                    name: _maps(name, seen.earlier[layer])
+                    if layer in seen.earlier and not _is_finer(name)
+                    else heatmaps[name]
+                    for name in names
+                }
+                for layer, names in self.layers.items()
             }
-        return Explanation(seen.logits, seen.class_ids, heatmaps)
+        return Explanation(seen.logits, seen.class_ids, heatmaps, layers)
+
+
+def _is_finer(method: str) -> bool:
+    """Whether a method's maps have the finer layer's resolution."""
+    return ALL_METHODS[method].needs_finer_layer
+
+
+def _maps(method: str, seen: Observation) -> Tensor:
+    """The maps of a method of what one layer shows."""
+    function = ALL_METHODS[method].function
+    shown = seen.features, seen.gradients, seen.class_weights
+    if not _is_finer(method):
+        return function(*shown)
+    seed = grad_cam if seen.class_weights is None else gap_cam
+    return function(seed(*shown), seen.finer_features)

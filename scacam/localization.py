@@ -54,13 +54,17 @@ def localize(
 
     Returns:
         Coordinates in continuous pixels of the original image, x to the right, y down. A constant
-        map has neither peak nor box; a map without a positive value has no box.
+        map, or one with a NaN, has neither peak nor box; a map without a positive value, be it only
+        after upsampling, has no box.
     """
     heatmaps = np.ascontiguousarray(heatmaps, dtype=np.float32)
+    # By a power of two, which is exact: the smallest numbers would lose their digits, or vanish.
+    _, exponents = np.frexp(np.abs(heatmaps).max((1, 2), keepdims=True))
+    heatmaps = np.ldexp(heatmaps, -exponents)
     count, map_height, map_width = heatmaps.shape
     height, width = input_size
     flat = heatmaps.reshape(count, map_height * map_width)
-    constant = flat.max(1) == flat.min(1)
+    constant = ~(flat.max(1) > flat.min(1))  # a NaN is not more than itself
 
     rows, columns = np.divmod(flat.argmax(1), map_width)
     cells = np.stack([(columns + 0.5) / map_width, (rows + 0.5) / map_height], axis=1)
@@ -69,7 +73,8 @@ def localize(
 
     boxes = np.full((count, 4), np.nan, dtype=np.float32)
     kept = np.where(relu[:, None, None], heatmaps.clip(min=0), heatmaps)
-    known: dict[bytes, tuple[int, int, int, int]] = {}  # some maps are the same for every class
+    # Some maps are the same for every class.
+    known: dict[bytes, tuple[float, float, float, float]] = {}
     for index in np.flatnonzero(~constant & (flat.max(1) > 0)):
         key = kept[index].tobytes()
         if key not in known:
@@ -107,12 +112,14 @@ def interpolation(length: int, points: np.ndarray) -> np.ndarray:
     return (1 - np.abs(cells - np.arange(length))).clip(min=0)
 
 
-def box_of_region(mask: np.ndarray) -> tuple[int, int, int, int]:
+def box_of_region(mask: np.ndarray) -> tuple[float, float, float, float]:
     """The half-open bounding box x0, y0, x1, y1 of the largest 8-connected region of a mask.
 
-    Of regions of equal size, the first in reading order counts. The mask must not be empty.
+    Of regions of equal size, the first in reading order counts; NaN if there is none.
     """
     outlines, tree = cv2.findContours(mask.view(np.uint8), cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
+    if not outlines:
+        return np.nan, np.nan, np.nan, np.nan
     region = outlines[0] if len(outlines) == 1 else _largest(outlines, tree[0, :, 3].tolist())
     x, y, width, height = cv2.boundingRect(region)
     return x, y, x + width, y + height

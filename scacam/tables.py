@@ -1,26 +1,26 @@
-"""Every Arrow schema: the manifest, explanations, errors; and heatmaps as they are stored.
+"""What a run is made of, as Arrow tables: manifest, explanations, errors, index, heatmaps.
+
+Other rooms have the schemas of what they write themselves.
 
 Plain Arrow types only, so that any Parquet reader opens a shard without scacam.
 """
+
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
 
 __all__ = [
     "BOXES",
-    "CURVES",
-    "DIFFERENCES",
     "ERRORS",
     "EXPLANATION",
     "IMAGE",
-    "IMAGE_SCORES",
     "INDEX",
-    "LOCALIZATION",
     "MANIFEST",
     "SCHEMA_VERSION",
-    "TRUE_BOXES",
     "explanations",
     "pack_heatmaps",
+    "stacked",
     "unpack_heatmaps",
 ]
 
@@ -153,74 +153,7 @@ BOXES = pa.schema(
 )
 """True boxes, one row per object, in pixels of the original image, as they were annotated."""
 
-LOCALIZATION = pa.schema(
-    [
-        ("network", pa.string()),
-        ("method", pa.string()),
-        ("metric", pa.string()),
-        ("value", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
-        ("images", pa.int64()),
-        ("thresholds", pa.list_(pa.float64())),
-    ]
-)
-"""Metrics as fractions, with 95 % intervals. Of metrics whose thresholds are the best on the data
-set: these thresholds, as shares of the maximum."""
 
-DIFFERENCES = pa.schema(
-    [
-        ("network", pa.string()),
-        ("metric", pa.string()),
-        ("method", pa.string()),
-        ("other", pa.string()),
-        ("difference", pa.float64()),
-        ("ci_low", pa.float64()),
-        ("ci_high", pa.float64()),
-        ("images", pa.int64()),
-    ]
-)
-"""The metric of a method minus that of another on the same images, with paired intervals."""
-
-CURVES = pa.schema(
-    [
-        ("network", pa.string()),
-        ("method", pa.string()),
-        ("metric", pa.string()),
-        ("iou", pa.float64()),
-        ("threshold", pa.float64()),
-        ("accuracy", pa.float64()),
-    ]
-)
-"""The share of images with a right box, over the threshold on the map, by the overlap wanted."""
-
-IMAGE_SCORES = pa.schema(
-    [
-        ("image_id", pa.int64()),
-        ("uri", pa.string()),
-        ("class_id", pa.int32()),
-        ("method", pa.string()),
-        ("top1", pa.bool_()),
-        ("iou", pa.float64()),
-        ("iou_any", pa.float64()),
-        ("iou_15", pa.float64()),
-        ("iou_20", pa.float64()),
-        ("peak_distance", pa.float64()),
-        ("energy", pa.float64()),
-    ]
-)
-"""How one method localizes one image: whether the top class is the labelled one; the best overlap
-of the largest contour's box and of any contour's, at the thresholds of `max_box_acc` and of
-`max_box_acc_v2` at IoU 0.5; of the boxes at 15 and 20 % of the maximum; pixels from the peak to the
-nearest true box (0 inside, ∞ without a peak); the share of the positive map inside the boxes."""
-
-TRUE_BOXES = pa.schema(
-    [
-        ("image_id", pa.int64()),
-        ("x0", pa.float64()),
-        ("y0", pa.float64()),
-        ("x1", pa.float64()),
-        ("y1", pa.float64()),
-    ]
-)
-"""The true boxes that a run was evaluated against, one row per object, by image id."""
+def stacked(table: pa.Table, columns: Sequence[str]) -> np.ndarray:
+    """Numeric columns as an array `[rows, columns]`; what is null is NaN."""
+    return np.stack([table[name].to_numpy() for name in columns], axis=1)

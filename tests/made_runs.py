@@ -11,15 +11,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from scacam.audit.caw import CAW
+from scacam.evaluation.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
 from scacam.localization import localize
 from scacam.tables import (
-    CURVES,
-    DIFFERENCES,
     ERRORS,
     EXPLANATION,
     IMAGE,
-    IMAGE_SCORES,
-    LOCALIZATION,
     MANIFEST,
     explanations,
     pack_heatmaps,

@@ -10,14 +10,15 @@ import scacam
 from scacam.audit.attention import (
     BORDER_AREA,
     CORNER_AREA,
-    Objects,
     border_cells,
     corner_cells,
+    coverage,
     fixed_place,
     outside,
 )
 from scacam.audit.audit import Audit, audit
 from scacam.audit.maps import top_maps
+from scacam.evaluation.truth import TrueBoxes
 
 SIZE, MAPS = 48, 6
 NAMES = ["square", "disc", "cross", "marked"]
@@ -84,7 +85,7 @@ def _trained() -> nn.Module:
 
 
 @pytest.fixture(scope="module")
-def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[scacam.Run, Objects]:
+def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[scacam.Run, TrueBoxes]:
     """A network that has to look at the corner for one class, and its run on new images."""
     network = scacam.Network(
         _trained(),
@@ -104,7 +105,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[scacam.Run, Objec
     images = Images([f"gone/{i}.png" for i in range(300)], [(SIZE, SIZE)] * 300, labels)
     folder = tmp_path_factory.mktemp("planted")
     run = scacam.open_run(write_run(folder, images, {"tiny": said}, shards=3))
-    return run, Objects(np.arange(300), boxes)
+    return run, TrueBoxes(np.arange(300), boxes)
 
 
 def _by_chance(labels: np.ndarray, listed: int, repeats: int = 1000) -> np.ndarray:
@@ -115,7 +116,7 @@ def _by_chance(labels: np.ndarray, listed: int, repeats: int = 1000) -> np.ndarr
 
 @pytest.mark.parametrize("boxes_known", [False, True])
 def test_the_audit_ranks_images_with_a_planted_mark_first(
-    planted: tuple[scacam.Run, Objects], boxes_known: bool
+    planted: tuple[scacam.Run, TrueBoxes], boxes_known: bool
 ) -> None:
     run, objects = planted
     found = audit(run, objects if boxes_known else None).networks["tiny"]
@@ -128,7 +129,7 @@ def test_the_audit_ranks_images_with_a_planted_mark_first(
 
 
 def test_the_audit_puts_the_planted_class_first_and_says_why(
-    planted: tuple[scacam.Run, Objects],
+    planted: tuple[scacam.Run, TrueBoxes],
 ) -> None:
     run, objects = planted
     first, *others = audit(run, objects).networks["tiny"].classes
@@ -154,8 +155,8 @@ def test_cells_of_the_border_and_of_the_corners_by_hand() -> None:
 
 
 def test_density_outside_of_the_object_by_hand() -> None:
-    coverage = np.zeros((4, 2, 2))
-    coverage[:, 0, 0] = 1
+    covered = np.zeros((4, 2, 2))
+    covered[:, 0, 0] = 1
     shares = np.array(
         [
             [[0.25, 0.25], [0.25, 0.25]],  # even
@@ -164,10 +165,10 @@ def test_density_outside_of_the_object_by_hand() -> None:
             [[0.5, 0.5], [0, 0]],  # 1/2 on a quarter, 1/2 on three quarters: 2/3 against 2
         ]
     )
-    np.testing.assert_allclose(outside(shares, coverage), [0.5, 0, 1, 0.25])
+    np.testing.assert_allclose(outside(shares, covered), [0.5, 0, 1, 0.25])
     for known in (np.ones((4, 2, 2)), np.zeros((4, 2, 2)), np.full((4, 2, 2), np.nan)):
         assert np.isnan(outside(shares, known)).all()
-    assert np.isnan(outside(np.zeros((4, 2, 2)), coverage)).all()
+    assert np.isnan(outside(np.zeros((4, 2, 2)), covered)).all()
 
 
 def test_coverage_of_cells_by_several_boxes_in_a_view(tmp_path: Path) -> None:
@@ -176,11 +177,11 @@ def test_coverage_of_cells_by_several_boxes_in_a_view(tmp_path: Path) -> None:
     images = Images(["a", "b", "c"], [(40, 20)] * 3, np.array([-1] * 3))
     run = scacam.open_run(write_run(tmp_path, images, {"net": said}))
     boxes = np.array([[0, 0, 15, 20], [10, 0, 20, 10], [90, 90, 99, 99]], dtype=np.float32)
-    objects = Objects(np.array([0, 0, 2]), boxes)
-    coverage = objects.coverage(top_maps(run, "net", np.arange(3))["sca_cam"])
-    assert coverage[0].tolist() == [[1, 0], [0.5, 0]]
-    assert np.isnan(coverage[1]).all()
-    assert coverage[2].tolist() == [[0, 0], [0, 0]]
+    objects = TrueBoxes(np.array([0, 0, 2]), boxes)
+    covered = coverage(objects, top_maps(run, "net", np.arange(3))["sca_cam"])
+    assert covered[0].tolist() == [[1, 0], [0.5, 0]]
+    assert np.isnan(covered[1]).all()
+    assert covered[2].tolist() == [[0, 0], [0, 0]]
 
 
 def test_fixed_place_is_one_for_one_map_and_about_zero_for_any_maps() -> None:

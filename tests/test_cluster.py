@@ -1,5 +1,6 @@
 """The cluster files, checked as Ray's launcher and the KubeRay operator would read them."""
 
+import argparse
 import json
 import os
 import re
@@ -9,6 +10,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Iterator
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -16,13 +18,20 @@ from urllib.request import urlopen
 
 import boto3
 import pytest
-import ray
 import yaml
 from packaging.requirements import Requirement
+from pyarrow.fs import LocalFileSystem
 from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.data import DataContext
+from ray.data._internal.planner.plan_write_op import WRITE_UUID_KWARG_NAME
+from ray.data.checkpoint import CheckpointConfig
+from ray.data.checkpoint.checkpoint_filter import CheckpointManager, IdColumnCheckpointManager
+from ray.data.checkpoint.checkpoint_writer import PENDING_CHECKPOINT_SUFFIX
+from ray.data.datasource import BlockBasedFileDatasink
+from ray.data.datasource.file_datasink import _FileDatasink
 
-from scacam.jobs.explain import parse
-from scacam.pipeline.cluster import allot, divide
+from scacam.jobs.explain import add_arguments
+from scacam.pipeline.cluster import Allotment, allot, divide, rows_per_shard
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -43,8 +52,8 @@ def ray_version() -> str:
     """The oldest release of Ray that the project runs on."""
     requirements = (Requirement(text) for text in PROJECT["dependencies"])
     (ray,) = (requirement for requirement in requirements if requirement.name == "ray")
-    (minimum,) = ray.specifier
-    return f"{minimum.version}.0"
+    (minimum,) = (bound.version for bound in ray.specifier if bound.operator == ">=")
+    return f"{minimum}.0"
 
 
 def test_launcher_accepts_the_cluster(config):
@@ -117,7 +126,14 @@ def test_rayjob_runs_the_job_with_arguments_that_it_knows(rayjob):
     program, job, *arguments = rayjob["spec"]["entrypoint"].split()
     assert program == "python"
     assert (ROOT / job).is_file()
-    assert parse(arguments).output.startswith("s3://")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(arguments)
+    assert options.output.startswith("s3://")
+    groups = {
+        group["groupName"]: group for group in rayjob["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    }
+    assert options.gpus == groups["gpu"]["replicas"]  # one each
 
 
 def test_rayjob_has_the_form_that_the_operator_wants(rayjob):
@@ -184,14 +200,49 @@ def test_the_slowest_pool_gets_the_next_worker(workers, costs, expected):
         (3, [1.0, 5.0], [1, 5], 0.5),
     ],
 )
-def test_actors_that_share_gpus_all_find_a_place(monkeypatch, gpus, costs, actors, share):
+def test_actors_that_share_gpus_all_find_a_place(gpus, costs, actors, share):
     """All pools hold their actors at once: what Ray cannot place would wait for ever."""
-    monkeypatch.setattr(ray, "nodes", lambda: [{"Alive": True, "Resources": {"CPU": 8.0}}])
-    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 8.0, "GPU": float(gpus)})
-    allotments = allot(costs)
+    allotments = allot(costs, gpus)
     assert [allotment.actors for allotment in allotments] == actors
     assert {allotment.num_gpus for allotment in allotments} == {share}
     assert sum(actors) <= gpus * int(1 / share)
+
+
+CORE, GPU = Allotment(1, 0.5, 0.0), Allotment(2, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("images", "image_bytes", "costs", "allotments", "rows"),
+    [
+        (10, 150_528, [0.02], [CORE], 3),  # four shards for the one actor
+        (10**7, 3_072, [0.02], [CORE], 512),
+        (10**7, 150_528, [0.02], [CORE], 425),  # 64 MB of 224 × 224 × 3 bytes
+        (10**7, 3 * 600 * 600, [0.02], [CORE], 59),
+        (10**7, 150_528, [0.02, 1.8], [CORE, CORE], 33),  # a minute of the slowest
+        (10**7, 3_072, [1.8], [GPU], 333),
+        (10**7, 10**9, [1000.0], [GPU], 1),
+    ],
+)
+def test_a_block_is_bounded_in_bytes_and_in_work(images, image_bytes, costs, allotments, rows):
+    assert rows_per_shard(images, image_bytes, costs, allotments) == rows
+
+
+def test_what_is_used_of_ray_without_being_promised_exists():
+    """The upper bound in pyproject.toml is there for these."""
+    assert "load_checkpoint" in vars(CheckpointManager)
+    assert PENDING_CHECKPOINT_SUFFIX == ".pending"
+    config = CheckpointConfig("id", "/tmp/none", override_filesystem=LocalFileSystem())
+    manager = IdColumnCheckpointManager(
+        checkpoint_config=config, data_context=DataContext.get_current()
+    )
+    assert manager.checkpoint_path == "/tmp/none"
+    assert manager.filesystem is config.filesystem
+    assert WRITE_UUID_KWARG_NAME == "write_uuid"
+    # The sink overrides `write`, and not what the public class asks for.
+    assert list(signature(BlockBasedFileDatasink.write).parameters) == ["self", "blocks", "ctx"]
+    assert issubclass(BlockBasedFileDatasink, _FileDatasink)
+    sink = BlockBasedFileDatasink("/tmp/none", file_format="parquet")
+    assert sink.filename_provider.get_filename_for_task("uuid", 7) == "uuid_000007.parquet"
 
 
 @pytest.fixture

@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ from scipy.stats import spearmanr
 import scacam
 from scacam import RunError
 from scacam.audit.compare import COMPARISON, compare_runs
-from scacam.audit.likeness import box_iou, energy, likeness, standard_ranks
+from scacam.audit.likeness import energy, likeness, standard_ranks
 from scacam.audit.maps import Ranking, top_maps
-from scacam.jobs.compare import main
+from scacam.evaluation.sweep import iou
+from scacam.jobs.command import run_job
+
+main = partial(run_job, "compare")
 
 NAMES = ["cat", "dog", "emu"]
 
@@ -64,7 +68,7 @@ def test_rank_correlation_equals_scipys_with_ties() -> None:
 def test_overlap_of_boxes_by_hand() -> None:
     first = np.array([[0, 0, 4, 4], [0, 0, 2, 2], [0, 0, 2, 2], [np.nan] * 4])
     second = np.array([[2, 2, 6, 6], [5, 5, 6, 6], [0, 0, 2, 2], [0, 0, 1, 1]])
-    np.testing.assert_allclose(box_iou(first, second), [4 / 28, 0, 1, np.nan])
+    np.testing.assert_allclose(iou(first, second), [4 / 28, 0, 1, np.nan])
 
 
 def test_maps_are_read_by_rising_image_id(runs: tuple[scacam.Run, scacam.Run]) -> None:

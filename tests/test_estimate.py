@@ -1,12 +1,13 @@
 """The dry run: its arithmetic by hand, and that it starts nothing."""
 
 import re
+from functools import partial
 
 import pytest
 import ray
 
+from scacam.jobs.command import run_job
 from scacam.jobs.estimate import Estimate
-from scacam.jobs.explain import main
 
 TEN_MILLION = Estimate(
     images=10_000_000,
@@ -19,6 +20,8 @@ TEN_MILLION = Estimate(
     cores=8,
     gpus=0,
 )
+
+main = partial(run_job, "explain")
 
 
 def test_without_a_gpu_the_cores_do_everything():

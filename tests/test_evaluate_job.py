@@ -4,6 +4,7 @@ import json
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import cv2
@@ -15,8 +16,10 @@ import pytest
 from made_runs import Images, Said, write_run
 from servers import BUCKET, ObjectStore
 
-from scacam.jobs.evaluate import main
-from scacam.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
+from scacam.evaluation.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
+from scacam.jobs.command import run_job
+
+main = partial(run_job, "evaluate")
 
 SIDE = 224
 ACCURACIES = ("max_box_acc", "max_box_acc_v2", "box_acc_15", "box_acc_20")

@@ -6,39 +6,30 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scacam.evaluation.intervals import (
-    GROUPS,
-    BoxTotals,
-    MaskTotals,
-    curves,
-    dealt,
-    draws,
-    summarise,
-)
+from scacam.evaluation.intervals import GROUPS, best_levels, curves, dealt, draws, summarise
 from scacam.evaluation.measures import (
     BASELINES,
-    Claim,
+    MEASURES,
     baseline,
     baseline_sweep,
     energy_inside,
-    fixed_ious,
-    hits,
-    ious_at,
+    fixed_iou,
+    in_view,
     mask_in_view,
     peak_distance,
     positive_part,
     score_histograms,
-    truth_in_view,
 )
+from scacam.evaluation.metrics import METRICS, State, hits, names_of, swept, titles, values
 from scacam.evaluation.sweep import (
     GRID,
     LEVELS,
     THRESHOLDS,
     best_ious,
-    boxes_above,
     iou,
     quantise,
     score_map,
+    search,
     sweep,
 )
 
@@ -99,7 +90,7 @@ UNIMODAL = np.array(
 )
 def test_boxes_of_a_unimodal_map(level, box):
     assert at(UNIMODAL, level) == ([box], 0)
-    assert boxes_above(UNIMODAL, level)[0].tolist() == [box]
+    assert search(UNIMODAL, [level]).boxes.tolist() == [box]
 
 
 def test_boxes_of_a_multimodal_map():
@@ -197,16 +188,16 @@ def test_the_sweep_is_a_search_at_every_level_on_many_heatmaps():
 def test_iou_by_hand():
     # 5 × 5 and 2 × 5 pixels that share 2 × 4.
     overlap = iou(np.array([[1, 2, 5, 6]]), np.array([[3, 1, 4, 5]]), inclusive=True)
-    assert overlap.tolist() == [[8 / 27]]
-    assert (
-        iou(np.zeros((3, 4), int), np.zeros((2, 4), int), inclusive=True).tolist() == [[1, 1]] * 3
-    )
+    assert overlap.tolist() == [8 / 27]
+    points = iou(np.zeros((3, 1, 4), int), np.zeros((2, 4), int), inclusive=True)
+    assert points.tolist() == [[1, 1]] * 3
     boxes = np.array([[1, 1, 3, 3], [4, 4, 5, 5]])
-    assert (iou(boxes, boxes, inclusive=True) == np.eye(2)).all()
+    assert (iou(boxes[:, None], boxes, inclusive=True) == np.eye(2)).all()
     # In continuous coordinates: 2 × 2 and 2 × 2 that share 1 × 2; and no area at all.
-    first, second = np.array([[0.0, 0, 2, 2]]), np.array([[1.0, 0, 3, 2], [5, 5, 5, 5]])
-    assert iou(first, second, inclusive=False).tolist() == [[1 / 3, 0]]
-    assert iou(second[1:], second[1:], inclusive=False).tolist() == [[0]]
+    first, second = np.array([0.0, 0, 2, 2]), np.array([[1.0, 0, 3, 2], [5, 5, 5, 5]])
+    assert iou(first, second).tolist() == [1 / 3, 0]
+    assert iou(second[1:], second[1:]).tolist() == [0]
+    assert np.isnan(iou(second, np.full(4, np.nan))).all()
 
 
 def test_the_best_of_several_objects_counts():
@@ -222,7 +213,7 @@ def test_the_best_of_several_objects_counts():
 def test_truth_is_scaled_and_truncated_as_in_the_reference():
     # resize_bbox of the reference: (1, 2, 4, 3) of a 10 × 20 image in 35 × 10 pixels is
     # (3, 1, 14, 1); here the grid is 224 × 224.
-    truth = truth_in_view(np.array([[1, 2, 4, 3]]), np.array([0, 0, 10, 20], np.float32))
+    truth = in_view(np.array([[1, 2, 4, 3]]), np.array([0, 0, 10, 20], np.float32))
     assert truth.pixels.tolist() == [[22, 22, 89, 33]]
     assert truth.boxes.tolist() == [[1, 2, 4, 3]]
     assert truth.outside == 0
@@ -231,7 +222,7 @@ def test_truth_is_scaled_and_truncated_as_in_the_reference():
 def test_truth_is_clipped_to_the_view():
     view = np.array([100, 0, 324, 224], np.float32)
     boxes = np.array([[0, 10, 150, 20], [0, 0, 100, 50], [300, 200, 400, 240], [324, 0, 330, 9]])
-    truth = truth_in_view(boxes, view)
+    truth = in_view(boxes, view)
     assert truth.boxes.tolist() == [[100, 10, 150, 20], [300, 200, 324, 224]]
     # The last pixel of the view is 223.
     assert truth.pixels.tolist() == [[0, 10, 50, 20], [200, 200, 223, 223]]
@@ -240,9 +231,9 @@ def test_truth_is_clipped_to_the_view():
 
 def test_fixed_boxes_peaks_and_energy_by_hand():
     view = np.array([0, 0, GRID, GRID], np.float32)
-    truth = truth_in_view(np.array([[0, 0, 112, 224], [200, 200, 210, 210]]), view)
+    truth = in_view(np.array([[0, 0, 112, 224], [200, 200, 210, 210]]), view)
     fixed = np.array([[0, 0, 224, 224], [np.nan] * 4])
-    assert fixed_ious(fixed, truth) == [0.5, 0.0]
+    assert [fixed_iou(box, truth) for box in fixed] == [0.5, 0.0]
     assert peak_distance(np.array([50.0, 224.0]), truth) == 0
     assert peak_distance(np.array([115.0, 100.0]), truth) == 3
     assert peak_distance(np.array([203.0, 214.0]), truth) == 4
@@ -257,9 +248,9 @@ def test_fixed_boxes_peaks_and_energy_by_hand():
 
 def test_baselines():
     view = np.array([10, 20, 110, 70], np.float32)
-    truth = truth_in_view(np.array([[35, 20, 85, 70]]), view)
+    truth = in_view(np.array([[35, 20, 85, 70]]), view)
     image = baseline("whole_image", view)
-    assert fixed_ious(image.fixed, truth) == [0.5, 0.5]
+    assert [fixed_iou(box, truth) for box in image.fixed] == [0.5, 0.5]
     assert image.peak.tolist() == [60, 45]
     assert energy_inside(image.energy, truth) == 0.5
     assert baseline_sweep("whole_image").boxes.tolist() == [[0, 0, 223, 223]] * 255
@@ -294,10 +285,14 @@ def test_masks_are_cropped_to_the_view():
 
 
 def pxap(pairs) -> float:
-    totals = MaskTotals()
+    """Of images in a group each, their states merged from parts of one."""
+    parts = []
     for index, (score, mask) in enumerate(pairs):
-        totals.add(np.array([index]), score_histograms(score, mask)[None])
-    return totals.values(np.ones((1, GROUPS)))["pxap"][0]
+        histograms = score_histograms(score, mask)[None, None].astype(np.uint32)
+        added = values("masks", {"histograms": histograms}, np.array([False]))
+        parts.append(State.update(np.array([index]), added))
+    rows, _ = summarise(State.merge(parts, GROUPS), ["method"], ["pxap"])
+    return rows[0]["value"]
 
 
 def test_pxap():
@@ -362,54 +357,99 @@ def test_accuracies_are_those_of_a_plain_loop():
     for _ in maps:
         corners = rng.integers(0, 160, (rng.integers(1, 3), 2))
         truths.append(np.concatenate([corners, corners + rng.integers(20, 64, corners.shape)], 1))
-    totals = BoxTotals()
-    for index, (cells, boxes) in enumerate(zip(maps, truths, strict=True)):
-        truth = truth_in_view(boxes, WHOLE)
-        right = hits(sweep(quantise(score_map(cells))), truth)
-        totals.add(np.array([index]), right[None], np.zeros((1, 5)), np.array([index % 2 == 0]))
-    values = totals.values(np.ones((1, GROUPS)))
+    overlaps = np.stack(
+        [
+            best_ious(sweep(quantise(score_map(cells))), in_view(boxes, WHOLE).pixels)
+            for cells, boxes in zip(maps, truths, strict=True)
+        ]
+    )
+    top1 = np.arange(len(maps)) % 2 == 0
+    rows, _, _ = measured({"method": overlaps}, top1, np.arange(len(maps)))
+    found = {row["metric"]: row["value"] for row in rows}
     v1, v2 = plain_accuracies(maps, truths)
-    assert (values["max_box_acc"][0], values["max_box_acc_v2"][0]) == (v1, v2)
+    assert found["max_box_acc"] == v1
+    assert found["max_box_acc_v2"] == pytest.approx(v2)
     # Right where the top class is right too: the others count as wrong.
     v1, v2 = plain_accuracies(maps[::2], truths[::2])
-    assert values["top1_max_box_acc"][0] == v1 / 2
-    assert values["top1_max_box_acc_v2"][0] == pytest.approx(v2 / 2)
+    assert found["top1_max_box_acc"] == v1 / 2
+    assert found["top1_max_box_acc_v2"] == pytest.approx(v2 / 2)
 
 
 def test_the_best_thresholds_are_reported():
     # The first level at which the box is right is 40, the last 99: the first of equals counts.
-    totals = BoxTotals()
-    right = np.zeros((1, 4, 255), dtype=bool)
-    right[:, :, 40:100] = True
-    totals.add(np.array([3]), right, np.zeros((1, 5)), np.array([True]))
-    rows, _ = summarise({"method": totals})
+    overlaps = np.zeros((1, 2, LEVELS))
+    overlaps[:, :, 40:100] = 1
+    rows, _, counts = measured({"method": overlaps}, np.array([True]), np.array([3]))
     found = {row["metric"]: row["thresholds"] for row in rows}
     assert found["max_box_acc"] == [THRESHOLDS[40]]
     assert found["top1_max_box_acc_v2"] == [THRESHOLDS[40]] * 3
     assert found["energy_pointing_game"] is None
     assert int(THRESHOLDS[40] * 255) == 40
-    points = [row for row in curves({"method": totals}) if row["metric"] == "max_box_acc"]
+    points = list(curves(counts, 1, ["method"], known=True))
+    assert len(points) == 2 * 4 * LEVELS
+    points = [row for row in points if row["metric"] == "max_box_acc"]
     assert [row["accuracy"] for row in points] == [0.0] * 40 + [1.0] * 60 + [0.0] * 155
+    alone = {row["metric"] for row in curves(counts, 1, ["method"], known=False)}
+    assert alone == {"top1_max_box_acc", "top1_max_box_acc_v2"}
 
 
 def test_levels_of_one_image_are_those_of_the_sweep():
     gray = quantise(score_map(heatmap(np.random.default_rng(5))))
-    truth = truth_in_view(np.array([[30, 40, 120, 150], [100, 20, 200, 90]]), WHOLE)
-    largest, any_contour = best_ious(sweep(gray), truth.pixels)
-    for level in (0, 30, 90, 254):
-        assert ious_at(gray, (level, level), truth) == (largest[level], any_contour[level])
+    truth = in_view(np.array([[30, 40, 120, 150], [100, 20, 200, 90]]), WHOLE)
+    every = np.stack(best_ious(sweep(gray), truth.pixels))
+    levels = [0, 30, 90, 254]
+    some = np.stack(best_ious(search(gray, levels), truth.pixels))
+    assert (some == every[:, levels]).all()
+
+
+def measured(overlaps, top1, groups, scores=None):
+    """Rows, pairs and counts of hits of methods, as the job comes to them from two passes.
+
+    Args:
+        overlaps: by method, those of the largest contour's box and of any: `[N, 2, 255]`.
+        top1: `[N]`, whether the top class is right.
+        groups: `[N]`.
+        scores: the other measures of all methods, `[N]` each; left out, nothing is right.
+    """
+    both = np.stack(list(overlaps.values()), axis=1)
+    largest, any_contour = both[:, :, 0], both[:, :, 1]
+    found = hits({"iou": largest, "iou_any": any_contour})
+    counts = np.stack([found, found & top1[:, None, None, None]], axis=2).sum(0)
+    levels = best_levels(counts)
+    by_level = swept({"iou": largest, "iou_any": any_contour})[:, :, None]
+    best = np.take_along_axis(by_level, levels[None, ..., None], axis=-1)[..., 0]
+    none = {"iou_15": 0.0, "iou_20": 0.0, "peak_distance": np.inf, "energy": 0.0}
+    columns = {
+        name: np.repeat(
+            np.broadcast_to((scores or none)[name], top1.shape)[:, None], len(overlaps), axis=1
+        )
+        for name in MEASURES
+    }
+    # In two parts, as from two shards.
+    parts = []
+    for part in (slice(None, len(top1) // 2), slice(len(top1) // 2, None)):
+        chosen = {name: column[part] for name, column in columns.items()}
+        if len(top1[part]):
+            added = values("boxes", chosen, top1[part], best[part])
+            parts.append(State.update(groups[part], added))
+    state = State.merge(parts, GROUPS)
+    return *summarise(state, list(overlaps), names_of("boxes"), levels), counts
 
 
 def flips(images: int, share: float, seed: int) -> np.ndarray:
     return np.random.default_rng(seed).random(images) < share
 
 
-def totals_of(right: np.ndarray, groups: np.ndarray) -> BoxTotals:
-    """Images that are right in everything or in nothing."""
-    totals = BoxTotals()
-    everything = np.repeat(right, 4 * LEVELS).reshape(-1, 4, LEVELS)
-    totals.add(groups, everything, np.repeat(right[:, None], 5, 1), np.ones(len(right), bool))
-    return totals
+def right_or_not(right: np.ndarray) -> np.ndarray:
+    """Overlaps of images that are right at every threshold or at none."""
+    return np.broadcast_to(right[:, None, None].astype(float), (len(right), 2, LEVELS))
+
+
+def everything(right: np.ndarray) -> dict[str, np.ndarray]:
+    """The other measures, likewise."""
+    share = right.astype(float)
+    distance = np.where(right, 0, np.inf)
+    return {"iou_15": share, "iou_20": share, "peak_distance": distance, "energy": share}
 
 
 @pytest.mark.parametrize("images", [400, 6000])
@@ -417,7 +457,9 @@ def test_intervals_are_as_wide_as_theory_says(images):
     # Of 6000 images several share a group.
     right, groups = flips(images, 0.6, 1), dealt(images)
     assert np.bincount(groups).max() - np.bincount(groups).min() <= 1
-    rows, _ = summarise({"method": totals_of(right, groups)})
+    every = np.ones(images, bool)
+    rows, _, _ = measured({"method": right_or_not(right)}, every, groups, everything(right))
+    assert len(rows) == len(names_of("boxes"))
     expected = 1.96 * np.sqrt(right.mean() * (1 - right.mean()) / images)
     for row in rows:
         assert row["value"] == pytest.approx(right.mean())
@@ -431,9 +473,8 @@ def test_differences_are_paired():
     first, groups = flips(images, 0.6, 1), dealt(images)
     second = first.copy()
     second[:40] = True  # the same but for a few images
-    totals = {name: totals_of(right, groups) for name, right in (("a", first), ("b", second))}
-    totals["c"] = totals_of(first, groups)
-    _, pairs = summarise(totals)
+    overlaps = {"a": right_or_not(first), "b": right_or_not(second), "c": right_or_not(first)}
+    _, pairs, _ = measured(overlaps, np.ones(images, bool), groups)
     found = {(p["method"], p["other"]): p for p in pairs if p["metric"] == "max_box_acc"}
     gained = (second.astype(float) - first).mean()
     pair = found["a", "b"]
@@ -445,25 +486,47 @@ def test_differences_are_paired():
     assert (same["difference"], same["ci_low"], same["ci_high"]) == (0, 0, 0)
 
 
-def test_the_top_class_alone():
-    totals = totals_of(np.ones(5, bool), np.arange(5))
-    rows, _ = summarise({"method": totals}, known=False)
-    assert {row["metric"] for row in rows} == {
+def test_rows_say_what_metrics_there_are():
+    assert names_of("masks") == ["pxap"]
+    twins = [name for name in names_of("boxes") if name.startswith("top1_")]
+    assert twins == [
         *("top1_max_box_acc", "top1_max_box_acc_v2", "top1_box_acc_15", "top1_box_acc_20"),
         *("top1_pointing_game", "top1_pointing_game_0"),
-    }
+    ]
+    shown = titles(["pxap", "max_box_acc", "top1_max_box_acc", "box_acc_15"])
+    assert shown == {
+        "max_box_acc": "MaxBoxAcc", "top1_max_box_acc": "top-1 MaxBoxAcc", "pxap": "PxAP"
+    }  # fmt: skip
+    assert all(name == metric.name for name, metric in METRICS.items())
+
+
+def test_states_add():
+    rng = np.random.default_rng(0)
+    groups, added = rng.integers(0, GROUPS, 500), {"x": rng.random((500, 3, 2))}
+    whole = State.merge([State.update(groups, added)], GROUPS)
+    parts = [State.update(groups[i::7], {"x": added["x"][i::7]}) for i in range(7)]
+    merged = State.merge(parts, GROUPS)
+    plain = np.zeros((GROUPS, 3, 2))
+    for group, value in zip(groups, added["x"], strict=True):
+        plain[group] += value
+    np.testing.assert_allclose(whole.sums["x"], plain)
+    np.testing.assert_allclose(merged.sums["x"], plain)
+    assert (merged.images == np.bincount(groups, minlength=GROUPS)).all()
 
 
 def test_zero_images_are_refused():
     with pytest.raises(ValueError, match="zero images"):
         draws(np.zeros(GROUPS, int))
     with pytest.raises(ValueError, match="zero images"):
-        summarise({"method": BoxTotals()})
+        summarise(State.merge([], GROUPS), ["method"], ["pxap"])
 
 
-def test_a_claim_can_be_measured_for_every_baseline():
-    truth = truth_in_view(np.array([[0, 0, 224, 224]]), WHOLE)
+def test_every_baseline_is_measured():
+    truth = in_view(np.array([[0, 0, 224, 224]]), WHOLE)
     for name in BASELINES:
         claim = baseline(name, WHOLE)
-        assert isinstance(claim, Claim)
-        assert ious_at(claim.gray, (0, 0), truth) == (1.0, 1.0)
+        found = {measure: function(claim, truth) for measure, function in MEASURES.items()}
+        assert found["peak_distance"] == 0
+        assert found["energy"] == pytest.approx(1)
+        assert 0 < found["iou_15"] <= 1
+        assert best_ious(baseline_sweep(name), truth.pixels)[1][0] == 1

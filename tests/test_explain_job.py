@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import duckdb
@@ -21,11 +22,13 @@ from ray import cloudpickle
 import scacam
 from scacam import Preprocessing, load_network
 from scacam.images import decode, pixels, view_of
-from scacam.jobs.explain import main
+from scacam.jobs.command import run_job
 from scacam.pipeline.checkpoint import checkpoint
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.sink import ShardSink
+
+main = partial(run_job, "explain")
 
 CONTRACT = {
     "image_id": pa.int64(),
@@ -210,7 +213,7 @@ def test_the_record_says_what_ran(finished):
     assert squeezenet["sha256"] == load_network("squeezenet1_1", "random").digest()
     index = pd.read_parquet(output / "index.parquet")
     assert index.groupby("network")["images"].sum().to_dict() == dict.fromkeys(NETWORKS, len(good))
-    assert not (output.parent / "out.checkpoint").exists()
+    assert not (output / ".checkpoint").exists()
 
 
 def test_a_finished_run_is_left_alone(finished, capsys):
@@ -336,8 +339,8 @@ def test_an_input_without_images_is_refused(tmp_path, capsys):
     [
         ("file,label\na.jpg,1\n", "no column 'uri'"),
         ("uri,label\na.jpg,9\n", "4 classes"),
-        ("uri,label\na.jpg,-1\n", "labels below 0"),
-        ("uri,label\na.jpg,cat\n", "labels are class numbers"),
+        ("uri,label\na.jpg,-2\n", "labels below 0"),
+        ("uri,label\na.jpg,cat\n", "mean no one class"),
         ("uri,label\n,1\n", "rows without a uri"),
     ],
 )

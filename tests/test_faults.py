@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -16,9 +17,9 @@ import pyarrow.dataset as ds
 import pytest
 from PIL import Image
 from pyarrow.fs import FileSelector
-from servers import BUCKET, ObjectStore
+from servers import BUCKET, LIMITED_KEY, ObjectStore, Proxy
 
-from scacam.storage import locate
+from scacam.storage import locate, write_bytes
 
 pytestmark = pytest.mark.long
 
@@ -300,6 +301,71 @@ def test_a_lease_on_object_storage(store, tmp_path):
     began = time.monotonic()
     with locked(output):
         assert 25 < time.monotonic() - began < 45
+
+
+def test_a_role_that_may_write_nothing_but_the_output(photos, quiet, store):
+    """Killed and continued by it; and what a shard costs in requests."""
+    store.upload(photos, "limited/photos")
+    source, output = f"s3://{BUCKET}/limited/photos", f"s3://{BUCKET}/limited/out"
+    proxy = Proxy(store.ports[0])
+    role = {"AWS_ACCESS_KEY_ID": LIMITED_KEY, "AWS_ENDPOINT_URL": proxy.endpoint}
+    process = start(source, output, environment=role)
+    wait_for(lambda: shards_in(output) >= 1)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    before = shards_in(output)
+    proxy.heads.clear()
+    ended(start(source, output, environment=role))
+    actual = rows(output)
+    actual["uri"] = actual["uri"].str.replace(source, str(photos))
+    assert_same_rows(actual, quiet)
+    written = shards_in(output) - before
+    changes = [request for request in proxy.requests() if request.startswith(("PUT", "DELETE"))]
+    of_shards = [request for request in changes if re.search("/(explanations|errors)/", request)]
+    assert written <= len(of_shards) <= 2 * (written + 1)  # one was cut off, perhaps
+    assert all(request.split()[1].startswith(f"/{BUCKET}/limited/out/") for request in changes)
+    proxy.stop()
+
+
+def test_a_task_cut_off_between_its_shards_and_its_commit(store, tmp_path):
+    from scacam.pipeline.checkpoint import Checkpoint, checkpoint
+
+    for output in (str(tmp_path / "out"), f"s3://{BUCKET}/cut/out"):
+        for name in ("whole", "begun", "committed"):
+            for folder in ("explanations/network=a", "explanations/network=b", "errors"):
+                write_bytes(f"{output}/{folder}/{name}.parquet", b"x")
+        done = [f"{output}/.checkpoint/{name}.parquet" for name in ("whole", "committed")]
+        pending = [
+            f"{output}/.checkpoint/{name}.pending.parquet" for name in ("begun", "committed")
+        ]
+        for path in (*done, *pending):
+            write_bytes(path, b"x")
+        files = [[locate(path)[1] for path in paths] for paths in (pending, done)]
+        found = Checkpoint(checkpoint_config=checkpoint(output), data_context=None)
+        found._undo(*files, locate(output)[1])
+        left = {name.removeprefix(f"{locate(output)[1]}/") for name in names(*locate(output))}
+        assert {name for name in left if name.endswith(".parquet")} == {
+            f"{folder}/{name}.parquet"
+            for folder in (
+                "explanations/network=a",
+                "explanations/network=b",
+                "errors",
+                ".checkpoint",
+            )
+            for name in ("whole", "committed")
+        }
+
+
+def test_a_job_whose_lease_is_taken_stops_and_leaves_it(photos, store):
+    output = f"s3://{BUCKET}/taken/out"
+    process = start(str(photos), output)
+    lock = f"{BUCKET}/taken/out/.lock"
+    wait_for(lambda: shards_in(output) >= 1)
+    with store.filesystem().open_output_stream(lock) as file:
+        file.write(b"another job")
+    said = ended(process, status=2)
+    assert f"another job has taken over {output}" in said.splitlines()[-1]
+    assert store.filesystem().open_input_stream(lock).read() == b"another job"
 
 
 def test_a_node_is_killed(photos, quiet, tmp_path):

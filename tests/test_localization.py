@@ -6,6 +6,7 @@ import torch
 from scipy import ndimage
 
 from scacam.localization import box_of_region, localize, upsample
+from scacam.tables import pack_heatmaps, unpack_heatmaps
 
 
 def one(heatmap, relu=False, view=(0, 0, 8, 8), input_size=(8, 8)):
@@ -85,6 +86,71 @@ def test_a_map_without_a_positive_value_has_a_peak_but_no_box():
         peak, box = one(heatmap, relu, view=(0, 0, 4, 4), input_size=(4, 4))
         assert peak == [3.5, 0.5]
         assert np.isnan(box).all()
+
+
+def test_a_positive_value_that_upsampling_takes_away_has_no_box():
+    heatmap = np.full((3, 3), -1.0)
+    heatmap[1, 1] = 0.001
+    # 3 to 6: at the cell's centre it weighs 0.75² = 0.5625, and −1 the rest: below zero.
+    assert (upsample(heatmap, (6, 6)) < 0).all()
+    peak, box = one(heatmap, False, (0, 0, 6, 6), (6, 6))
+    assert peak == [3, 3]
+    assert np.isnan(box).all()
+    # After a ReLU it weighs 0.1875 at least where it is counted, a third of the largest.
+    assert one(heatmap, True, (0, 0, 6, 6), (6, 6)) == ([3, 3], [1, 1, 5, 5])
+    # 3 to 9: one pixel lies on the cell's centre and keeps its value.
+    assert one(heatmap, False, (0, 0, 9, 9), (9, 9)) == ([4.5, 4.5], [4, 4, 5, 5])
+
+
+def test_a_positive_value_that_storage_takes_away_has_no_box():
+    heatmap = np.full((4, 4), -1.0)
+    heatmap[0, 3] = 1e-9
+    stored = unpack_heatmaps(*pack_heatmaps(heatmap[None]))[0]
+    assert stored.max() == 0
+    peak, box = one(stored, view=(0, 0, 4, 4), input_size=(4, 4))
+    assert peak == [3.5, 0.5]
+    assert np.isnan(box).all()
+
+
+def test_one_map_without_a_box_does_not_cost_the_others_theirs():
+    maps = np.full((3, 3, 3), -1.0)
+    maps[:, 1, 1] = 1, 0.001, 1
+    views = np.array([[0, 0, 6, 6]] * 3, dtype=float)
+    _, boxes = localize(maps, np.zeros(3, bool), views, (6, 6))
+    assert np.isnan(boxes[:, 0]).tolist() == [False, True, False]
+
+
+def test_the_scale_of_a_map_does_not_matter():
+    whole = np.random.default_rng(0).integers(-50, 100, (20, 5, 5)).astype(np.float32)
+    views, relu = np.array([[0, 0, 40, 40]] * 20), np.arange(20) % 2 == 0
+    expected = localize(whole, relu, views, (40, 40))
+    for exponent in (-149, -100, 100, 121):  # float32 ends at 2^-149 and 2^128
+        found = localize(np.ldexp(whole, exponent), relu, views, (40, 40))
+        np.testing.assert_array_equal(found.peaks, expected.peaks)
+        np.testing.assert_array_equal(found.boxes, expected.boxes)
+
+
+def test_a_map_that_is_not_finite_stops_nothing():
+    heatmap = np.eye(4)
+    heatmap[2, 1] = np.nan
+    peak, box = one(heatmap)
+    assert np.isnan(peak + box).all()
+    heatmap[2, 1] = np.inf
+    with np.errstate(invalid="ignore"):
+        peak, box = one(heatmap)
+    assert peak == [3, 5]
+    assert np.isnan(box).all()
+
+
+def test_no_maps_and_maps_of_one_cell():
+    peaks, boxes = localize(np.zeros((0, 4, 4)), np.zeros(0, bool), np.zeros((0, 4)), (8, 8))
+    assert (peaks.shape, boxes.shape) == ((0, 2), (0, 4))
+    peak, box = one([[7.0]])
+    assert np.isnan(peak + box).all()
+
+
+def test_a_mask_without_a_region_has_no_box():
+    assert np.isnan(box_of_region(np.zeros((5, 5), bool))).all()
 
 
 def test_relu_comes_before_upsampling():

@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +11,12 @@ import pandas as pd
 import pytest
 from scipy.io import savemat
 from servers import BUCKET, ObjectStore
+from torchvision.datasets import ImageFolder
 
 from scacam.inputs.manifest import read_manifest
-from scacam.jobs.manifest import main
+from scacam.jobs.command import run_job
+
+main = partial(run_job, "manifest")
 
 
 def touch(root: Path, *paths: str) -> None:
@@ -150,6 +154,38 @@ def test_image_folder(tmp_path, capsys):
     assert "1 images without annotation" in capsys.readouterr().out
 
 
+def test_class_folders_are_numbered_as_torchvision_does(tmp_path):
+    root = tmp_path / "photos"
+    touch(root, "ant/1.jpg", "cat/deep/er/2.PNG", "Zebra/3.png", "été/4.jpg", "a b/5.jpg")
+    (root / "bee").mkdir()  # empty, and a class all the same
+    touch(root, ".hidden/notes.txt")
+    images, _ = made("image_folder", root, tmp_path)
+    theirs = ImageFolder(str(root), allow_empty=True).samples
+    assert sorted(map(tuple, images)) == sorted(
+        (path.removeprefix(f"{root}/"), label) for path, label in theirs
+    )
+
+
+def test_folders_that_are_named_by_wordnet_ids_are_imagenets_classes(tmp_path):
+    root = tmp_path / "imagenette"
+    touch(root, "n01440764/1.jpg", "n02102040/2.jpg", "n03888257/3.jpg")
+    images, _ = made("image_folder", root, tmp_path)
+    assert [label for _, label in images] == [0, 217, 701]
+    write(tmp_path / "ten.txt", "n01440764\nn02102040\nn03888257\n")
+    images, _ = made("image_folder", root, tmp_path, "--categories", str(tmp_path / "ten.txt"))
+    assert [label for _, label in images] == [0, 1, 2]
+    touch(root, "cat/4.jpg")
+    images, _ = made("image_folder", root, tmp_path)
+    assert [label for _, label in images] == [0, 1, 2, 3]
+
+
+def test_links_to_nothing_are_told(tmp_path, capsys):
+    touch(tmp_path / "photos", "cat/1.jpg")
+    (tmp_path / "photos/cat/2.jpg").symlink_to("nowhere")
+    assert made("image_folder", tmp_path / "photos", tmp_path)[0] == [["cat/1.jpg", 0]]
+    assert "1 links to nothing" in capsys.readouterr().out
+
+
 def test_coco(tmp_path, capsys):
     root = tmp_path / "coco"
     touch(root, "val2017/000000000139.jpg", "val2017/000000000285.jpg", "val2017/000000000632.jpg")
@@ -219,6 +255,35 @@ def test_csv(tmp_path, capsys):
     assert "1 annotated images that are not there" in told
     write(root / "images.csv", "uri,label\na/1.jpg,zebra\nb/2.jpg,ape\n")
     assert made("csv", root, tmp_path)[0] == [["a/1.jpg", 1], ["b/2.jpg", 0]]
+
+
+@pytest.mark.parametrize(
+    ("images", "expected"),
+    [
+        ("file,label\n1.jpg,3\n2.jpg,\n3.jpg,2\n", [3, 2]),
+        ("file,label\n1.jpg,zebra\n2.jpg,\n3.jpg,ape\n", [1, 0]),
+        ("file;label\n1.jpg;3,0\n2.jpg; \n3.jpg;2,0\n", [3, 2]),
+        ("file, label\n1.jpg, 3\n2.jpg,-1\n3.jpg, 2\n", [3, 2]),
+        ("file,label\n1.jpg,a\n2.jpg,\n3.jpg,3\n", [1, 0]),
+    ],
+)
+def test_csv_of_other_people(tmp_path, capsys, images, expected):
+    root = tmp_path / "mine"
+    touch(root, "1.jpg", "2.jpg", "3.jpg")
+    write(root / "images.csv", images)
+    rows, _ = made("csv", root, tmp_path)
+    assert rows == [["1.jpg", expected[0]], ["3.jpg", expected[1]]]
+    assert "1 images without a label" in capsys.readouterr().out
+
+
+def test_csv_of_numbered_images(tmp_path):
+    root = tmp_path / "mine"
+    touch(root, "7.jpg", "007.png")
+    write(root / "images.csv", "uri,label\n7.jpg,1\n007.png,0\n")
+    write(root / "boxes.csv", "uri;x0;y0;x1;y1\n7.jpg;1,5;2;3;4\n")
+    images, boxes = made("csv", root, tmp_path)
+    assert images == [["007.png", 0], ["7.jpg", 1]]
+    assert boxes == [["7.jpg", 1.5, 2, 3, 4, 1]]
 
 
 @pytest.mark.parametrize(

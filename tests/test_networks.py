@@ -21,7 +21,9 @@ from scacam.images import see
 from scacam.jobs.options import add_network_options, load_networks
 from scacam.methods import METHODS
 from scacam.networks.target import TargetLayer
-from scacam.storage.files import _filesystem
+from scacam.runs.describe import describe_network
+from scacam.runs.record import differences
+from scacam.storage.s3 import open_bucket
 
 torch.set_num_threads(1)  # more of them only wait for each other on networks this small
 
@@ -220,6 +222,235 @@ def test_names_and_weights_that_do_not_exist(name: str, weights: str, message: s
         load_network(name, weights)
 
 
+# --- What a network returns
+
+
+class Last(nn.Module):
+    """A small classifier, and something done to its logits."""
+
+    def __init__(self, step: Callable[[Tensor], Tensor], classes: int = 3) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.inner = _classifier(classes)
+        self.step = step
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.step(self.inner(images))
+
+
+def _classifier(classes: int = 3) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(3, 6, 4, stride=4),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(6, classes),
+    )
+
+
+ENDS: dict[str, tuple[Callable[[Tensor], Tensor], str, str | None]] = {
+    "logits": (lambda z: z, "softmax", None),
+    "module": (nn.Softmax(1), "softmax", "softmax"),
+    "function": (lambda z: nn.functional.softmax(z, dim=1), "softmax", "softmax"),
+    "method, then a shape": (lambda z: z[..., None].softmax(1).flatten(1), "softmax", "softmax"),
+    "logarithm": (lambda z: nn.functional.log_softmax(z, 1), "softmax", "log_softmax"),
+    "labels": (nn.Sigmoid(), "sigmoid", "sigmoid"),
+    "labels' logarithm": (nn.LogSigmoid(), "sigmoid", "log_sigmoid"),
+    "compiled": (torch.compile(nn.Softmax(1), backend="eager"), "softmax", "softmax"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_network_that_ends_in_probabilities_is_explained_by_its_logits(end: str) -> None:
+    step, kind, last_step = ENDS[end]
+    module = Last(step)
+    network = Network(module, preprocessing=IMAGES)
+    assert (network.output.kind, network.output.last_step) == (kind, last_step)
+    assert (network.target_layer.name, network.head.kind) == ("inner.1", "pooled")
+    images = torch.randn(2, 3, 32, 32)
+    plain = Explainer(Network(module.inner, preprocessing=IMAGES), top_k=3)(images)
+    explanation = Explainer(network, top_k=3)(images)
+    torch.testing.assert_close(explanation.logits, plain.logits)
+    torch.testing.assert_close(explanation.heatmaps, plain.heatmaps)
+    expected = plain.logits.softmax(1) if kind == "softmax" else plain.logits.sigmoid()
+    torch.testing.assert_close(network.probabilities(explanation.logits), expected)
+    with torch.no_grad():
+        returned = module(images)
+    if last_step is not None:
+        made = returned.exp() if last_step.startswith("log") else returned
+        torch.testing.assert_close(network.probabilities(explanation.logits), made)
+
+
+@pytest.mark.parametrize("step", [lambda z: z, torch.sigmoid])
+def test_a_single_logit_stands_for_two_classes(step: Callable[[Tensor], Tensor]) -> None:
+    module = Last(step, classes=1)
+    network = Network(module, preprocessing=IMAGES, categories=["healthy", "ill"])
+    assert (network.num_classes, network.output.kind) == (2, "sigmoid")
+    images = torch.randn(4, 3, 32, 32)
+    explanation = Explainer(network, top_k=2)(images)
+    logit = module.inner(images).detach()[:, 0]
+    torch.testing.assert_close(explanation.logits, torch.stack([-logit, logit], 1))
+    probabilities = network.probabilities(explanation.logits)
+    torch.testing.assert_close(probabilities[:, 1], logit.sigmoid())
+    torch.testing.assert_close(probabilities.sum(1), torch.ones(4))
+    # Gap-CAM by hand: the classifier's weights on the features, and against them.
+    features = module.inner[:2](images)
+    by_hand = torch.einsum("bchw,c->bhw", features, module.inner[4].weight[0]).detach()
+    of_class_1 = torch.where(explanation.class_ids == 1, 1.0, -1.0)
+    torch.testing.assert_close(
+        explanation.heatmaps["gap_cam"], of_class_1[..., None, None] * by_hand[:, None]
+    )
+    with pytest.raises(NetworkError, match="1 category names for 2 classes"):
+        Network(module, preprocessing=IMAGES, categories=["ill"])
+
+
+def test_a_single_score_map_is_differentiated() -> None:
+    """One ReLU serves both classes, so the closed form does not hold."""
+    torch.manual_seed(0)
+    squeezenet = torchvision.models.squeezenet1_1(num_classes=1)
+    network = Network(squeezenet, preprocessing=Preprocessing((64, 64)))
+    assert (network.head.kind, network.num_classes) == ("general", 2)
+    maps = Explainer(network, ("grad_cam",), top_k=2)(torch.randn(2, 3, 64, 64)).heatmaps
+    torch.testing.assert_close(maps["grad_cam"][:, 0], -maps["grad_cam"][:, 1])
+
+
+def test_independent_labels_are_said() -> None:
+    module = _classifier()
+    assert Network(module, preprocessing=IMAGES).output.kind == "softmax"
+    network = Network(module, preprocessing=IMAGES, output_kind="sigmoid")
+    logits = torch.tensor([[0.0, 2.0, -1.0]])
+    torch.testing.assert_close(network.probabilities(logits), logits.sigmoid())
+
+
+def _normed(values: Tensor) -> Tensor:
+    return nn.functional.batch_norm(values, None, None, training=True)
+
+
+def _unfit() -> dict[str, tuple[Callable[[], nn.Module], str]]:
+    def traced() -> nn.Module:
+        return torch.jit.trace(_classifier().eval(), torch.zeros(1, 3, 32, 32), check_trace=False)
+
+    def unnormed() -> nn.Module:
+        return nn.Sequential(
+            nn.Conv2d(3, 6, 4, stride=4),
+            nn.BatchNorm2d(6, track_running_stats=False),
+            *_classifier()[2:],
+        )
+
+    return {
+        "softmax by hand": (
+            lambda: Last(lambda z: z.exp() / z.exp().sum(1, keepdim=True)),
+            "returns probabilities .* let it return its logits",
+        ),
+        "its logarithm": (
+            lambda: Last(lambda z: z - z.logsumexp(1, keepdim=True)),
+            "returns log-probabilities",
+        ),
+        "sigmoid in place": (lambda: Last(lambda z: z.sigmoid_()), "result of a Sigmoid"),
+        "softmax over the batch": (lambda: Last(lambda z: z.softmax(0)), "not one over all"),
+        "softmax by parts": (
+            lambda: Last(lambda z: z.reshape(-1, 2, 2).softmax(2).flatten(1), 4),
+            "not one over all its classes",
+        ),
+        "softmax of one": (lambda: Last(nn.Softmax(1), 1), "softmax of its single output"),
+        "integers": (lambda: Last(lambda z: z.long()), "returns torch.int64"),
+        "unknown to its batch": (unnormed, "layer '1' has no running statistics"),
+        "statistics of the batch": (lambda: Last(_normed), "another answer .* in another batch"),
+        "dropout": (lambda: Last(nn.functional.dropout), "another answer at another time"),
+        "meta device": (lambda: _classifier().to("meta"), "0.weight is on the meta device"),
+        "traced": (traced, "holds TorchScript"),
+        "scripted": (lambda: torch.jit.script(_classifier()), "holds TorchScript"),
+        "traced inside": (lambda: nn.Sequential(traced()), "holds TorchScript"),
+        "inference mode": (
+            lambda: Last(torch.inference_mode()(lambda z: z.detach() * 2)),
+            "do not depend on layer",
+        ),
+        "no parameters": (
+            lambda: nn.Sequential(nn.AvgPool2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+            "no layer with a spatial output",
+        ),
+    }
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("case", _unfit())
+def test_what_would_be_explained_wrongly_is_refused(case: str) -> None:
+    make, message = _unfit()[case]
+    with pytest.raises(NetworkError, match=message):
+        Network(make(), preprocessing=IMAGES)
+
+
+def test_a_kind_that_the_last_step_contradicts_is_refused() -> None:
+    with pytest.raises(NetworkError, match="ends in softmax, so its output is not of kind sigmoid"):
+        Network(Last(nn.Softmax(1)), preprocessing=IMAGES, output_kind="sigmoid")
+
+
+class Frozen(nn.Module):
+    """Runs its backbone without gradients, as one fine-tunes a classifier."""
+
+    def __init__(self, hidden: bool) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.backbone = _classifier()[:2]
+        self.neck = nn.Sequential(nn.Linear(6, 6), nn.Tanh()) if hidden else nn.Identity()
+        self.classifier = nn.Linear(6, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        with torch.no_grad():
+            features = self.backbone(images)
+        return self.classifier(self.neck(features.mean((2, 3))))
+
+
+@pytest.mark.parametrize("hidden", [False, True])
+def test_a_backbone_without_gradients(hidden: bool) -> None:
+    module = Frozen(hidden)
+    layer = "backbone.1" if hidden else None
+    network = Network(module, preprocessing=IMAGES, target_layer=layer)
+    assert network.head.kind == ("general" if hidden else "pooled")
+    images = torch.randn(1, 3, 32, 32)
+    explanation = Explainer(network, ("grad_cam",), top_k=1)(images)
+    features = module.backbone(images).detach().requires_grad_()
+    logits = module.classifier(module.neck(features.mean((2, 3))))
+    (gradients,) = torch.autograd.grad(logits[0, explanation.class_ids[0, 0]], features)
+    expected = (gradients.mean((2, 3), keepdim=True) * features).sum(1)
+    torch.testing.assert_close(explanation.heatmaps["grad_cam"][:, 0], expected.detach())
+    assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_weights_that_are_buffers() -> None:
+    module = _classifier()
+    for layer in (module[0], module[4]):
+        for key, value in list(layer.named_parameters()):
+            delattr(layer, key)
+            layer.register_buffer(key, value.detach())
+    network = Network(module.double(), preprocessing=IMAGES)
+    images = network.normalize(torch.zeros(1, 32, 32, 3, dtype=torch.uint8))
+    assert images.dtype == torch.float64
+    assert Explainer(network)(images).heatmaps["gap_cam"].shape == (1, 3, 8, 8)
+
+
+def test_classes_are_named_once() -> None:
+    module = _classifier()
+    assert Network(module, preprocessing=IMAGES).class_name(2) == "class 2"
+    named = Network(module, preprocessing=IMAGES, categories=["ant", "bee", "cat"])
+    assert named.class_name(2) == "cat"
+
+
+def test_the_kind_is_part_of_a_run_and_older_runs_go_on() -> None:
+    def record(network: Network) -> dict[str, Any]:
+        return {"versions": {"scacam": "1"}, "networks": [describe_network(network, METHODS)]}
+
+    plain = record(Network(_classifier(), name="mine", preprocessing=IMAGES))
+    assert plain["networks"][0]["output_kind"] == "softmax"
+    older = {**plain, "networks": [{**plain["networks"][0]}]}
+    del older["networks"][0]["output_kind"], older["networks"][0]["last_step"]
+    assert differences(older, plain) == []
+    kind = record(Network(_classifier(), name="mine", preprocessing=IMAGES, output_kind="sigmoid"))
+    kind["networks"][0]["sha256"] = plain["networks"][0]["sha256"]
+    for before in (older, plain):
+        assert differences(before, kind) == ["networks.mine.output_kind: softmax → sigmoid"]
+
+
 # --- Weights
 
 
@@ -262,8 +493,8 @@ def trained() -> dict[str, Tensor]:
     return torchvision.models.get_model(SOURCE, num_classes=7).state_dict()
 
 
-def _prefixed(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {f"module.{key}": value for key, value in state.items()}
+def _prefixed(state: dict[str, Tensor], prefix: str = "module.") -> dict[str, Tensor]:
+    return {prefix + key: value for key, value in state.items()}
 
 
 CHECKPOINTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
@@ -277,14 +508,127 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     },
     "prefixed": _prefixed,
     "wrapped and prefixed": lambda state: {"state_dict": _prefixed(state)},
+    "compiled": lambda state: _prefixed(state, "_orig_mod."),
+    "compiled and parallel": lambda state: _prefixed(state, "module._orig_mod."),
+    "Lightning": lambda state: {
+        "state_dict": _prefixed(state, "model.") | {"criterion.weight": torch.ones(7)},
+        "callbacks": {"ModelCheckpoint": {"best_model_score": torch.tensor(0.5)}},
+        "hyper_parameters": {"lr": 0.1},
+    },
+    "any other prefix": lambda state: {"state_dict": _prefixed(state, "student.encoder.")},
+    "averaged": lambda state: {"model_ema": _averaged(state)},
+    "averaged beside the weights": lambda state: {
+        "state_dict_ema": {key: value + 1 for key, value in state.items()},
+        "state_dict": state,
+    },
+    "of PyTorch 0.4.0": lambda state: {
+        key: value for key, value in state.items() if not key.endswith("num_batches_tracked")
+    },
+    "counted by thop": lambda state: state | {"conv1.total_ops": torch.zeros(1)},
+    "with an auxiliary head": lambda state: state | {"aux1.conv.weight": torch.zeros(7, 7)},
+    "half": lambda state: {key: value.half() for key, value in state.items()},
 }
+
+
+def _averaged(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    module = torchvision.models.get_model(SOURCE, num_classes=7)
+    module.load_state_dict(state)
+    return torch.optim.swa_utils.AveragedModel(module).state_dict()
 
 
 @pytest.mark.parametrize("form", CHECKPOINTS)
 def test_checkpoints_of_every_form(form: str, trained: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / "weights.pth"
     torch.save(CHECKPOINTS[form](trained), path)
-    _assert_holds(load_network(SOURCE, str(path)), trained, str(path))
+    kept = {key: value.half().to(value.dtype) for key, value in trained.items()}
+    _assert_holds(load_network(SOURCE, str(path)), kept if form == "half" else trained, str(path))
+
+
+def test_what_was_done_to_a_checkpoint_is_said(
+    trained: dict[str, Tensor], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "weights.pth"
+    caplog.set_level("INFO", logger="scacam")
+    for form, told in {
+        "plain": [],
+        "Lightning": ["without the prefix model.; left out criterion.weight"],
+        "averaged": ["taken from model_ema; without the prefix module.; left out n_averaged"],
+        "averaged beside the weights": ["not from state_dict_ema"],
+        "of PyTorch 0.4.0": [
+            "filled in conv1.1.num_batches_tracked, stage2.0.branch1.1.num_batches_tracked, "
+            "stage2.0.branch1.3.num_batches_tracked, stage2.0.branch2.1.num_batches_tracked "
+            "and 52 more"
+        ],
+        "with an auxiliary head": ["left out aux1.conv.weight"],
+    }.items():
+        torch.save(CHECKPOINTS[form](trained), path)
+        caplog.clear()
+        load_network(SOURCE, str(path))
+        assert caplog.messages == [f"checkpoint {path}: {line}" for line in told]
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        (
+            lambda state: _prefixed(state, "query.") | _prefixed(state, "key."),
+            "more than once, under 'query.' and 'key.'",
+        ),
+        (
+            lambda state: {"teacher": state, "student": _prefixed(state)},
+            "more than once, under 'teacher' and 'student'",
+        ),
+        (lambda state: state | _prefixed(state, "ema."), "under '' and 'ema.'"),
+        (lambda state: state | {"fc.weight.0": torch.zeros(7)}, "unexpected: fc.weight.0"),
+        (
+            lambda state: _prefixed(state, "1.") | {"0.mean": torch.zeros(3)},
+            "unexpected: 0.mean",  # a network that normalises by itself is another
+        ),
+        (
+            lambda state: {key: v for key, v in _prefixed(state).items() if "fc.bias" not in key},
+            "missing: fc.bias$",
+        ),
+        (lambda state: {"optimizer": {"state": {}}, "epoch": 3}, "it has optimizer, epoch$"),
+    ],
+)
+def test_a_checkpoint_that_may_be_meant_otherwise_is_refused(
+    form: Callable[[dict[str, Tensor]], Any],
+    message: str,
+    trained: dict[str, Tensor],
+    tmp_path: Path,
+) -> None:
+    torch.save(form(trained), tmp_path / "weights.pth")
+    with pytest.raises(NetworkError, match=message):
+        load_network(SOURCE, str(tmp_path / "weights.pth"))
+
+
+def test_an_auxiliary_head_without_weights_is_taken_off(tmp_path: Path) -> None:
+    """As in everybody's GoogLeNet that was made from the published one."""
+    torch.manual_seed(0)
+    module = torchvision.models.googlenet(num_classes=7, aux_logits=False, init_weights=False)
+    torch.save(module.state_dict(), tmp_path / "weights.pth")
+    network = load_network("googlenet", str(tmp_path / "weights.pth"))
+    torch.testing.assert_close(dict(network.module.state_dict()), dict(module.state_dict()))
+    images = torch.randn(1, 3, 224, 224)
+    logits = Explainer(network, ("grad_cam",), top_k=1)(images).logits
+    torch.testing.assert_close(logits, module.eval()(images).detach())
+
+
+@pytest.mark.parametrize("name", ["model_best.pth.tar", "best"])
+def test_a_bare_file_name_is_a_checkpoint(
+    name: str, trained: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(trained, name)
+    _assert_holds(load_network(SOURCE, name), trained, name)
+
+
+def test_a_pointer_of_git_lfs_is_named(tmp_path: Path) -> None:
+    (tmp_path / "weights.pth").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 5592704\n"
+    )
+    with pytest.raises(NetworkError, match="is a pointer of Git LFS; run git lfs pull"):
+        load_network(SOURCE, str(tmp_path / "weights.pth"))
 
 
 def test_a_safetensors_checkpoint(trained: dict[str, Tensor], tmp_path: Path) -> None:
@@ -300,7 +644,7 @@ def test_a_checkpoint_on_object_storage(
     store = ObjectStore(tmp_path)
     for name, value in store.environment.items():
         monkeypatch.setenv(name, value)
-    _filesystem.cache_clear()  # other tests' stores had the same name
+    open_bucket.cache_clear()  # other tests' stores had the same name
     try:
         (tmp_path / "weights").mkdir()
         torch.save({"model": trained}, tmp_path / "weights" / "best.pth")
@@ -310,7 +654,7 @@ def test_a_checkpoint_on_object_storage(
         with pytest.raises(NetworkError, match="cannot read checkpoint s3://"):
             load_network(SOURCE, f"s3://{BUCKET}/models/none.pth")
     finally:
-        _filesystem.cache_clear()
+        open_bucket.cache_clear()
         store.stop()
 
 
@@ -447,9 +791,9 @@ def test_factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _load(*arguments: str) -> list[Network]:
-    parser = argparse.ArgumentParser()
+    parser = argparse.ArgumentParser(argument_default=argparse.SUPPRESS)
     add_network_options(parser)
-    return load_networks(parser.parse_args(arguments))
+    return load_networks(**vars(parser.parse_args(arguments)))
 
 
 def test_target_layers_and_categories_for_every_network_or_one(tmp_path: Path) -> None:
@@ -476,6 +820,7 @@ def test_target_layers_and_categories_for_every_network_or_one(tmp_path: Path) -
         (("resnet18", "resnet18=random"), "'resnet18' is there twice"),
         (("resnet18=random", "--target-layer", "layer9"), "no layer 'layer9'"),
         (("resnet18=random", "--target-layer", "a", "b"), "has a and b for every network"),
+        (("resnet18=random", "--output-kind", "soft"), "unknown output kind 'soft'"),
         (("resnet18=random", "--categories", "no.txt"), "cannot read the class names in no.txt"),
         (("resnet18=random", "--categories", __file__), "category names for 1000 classes"),
     ],

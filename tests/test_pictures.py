@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -8,8 +9,11 @@ from made_runs import Images, Said, write_run
 from PIL import Image
 
 from scacam.drawing import FOUND, TRUTH, blend, colours, draw_box, fit
-from scacam.jobs.pictures import main, stem
+from scacam.jobs.command import run_job
+from scacam.jobs.pictures import stem
 from scacam.report.sheet import Cell, Panel, sheet, shorten
+
+main = partial(run_job, "pictures")
 
 
 def _lightness(rgb: np.ndarray) -> np.ndarray:

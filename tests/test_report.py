@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from pyarrow import fs
 from selenium import webdriver
 from servers import BUCKET, ObjectStore
 
-from scacam.jobs.report import main
+from scacam.jobs.command import run_job
 from scacam.report.charts import lines
+
+main = partial(run_job, "report")
 
 JOB = Path(__file__).parent.parent / "jobs/report.py"
 SECTIONS = {"classes", "ran", "same-image", "top-classes", "one-class", "audit", "about"}

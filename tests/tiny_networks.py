@@ -62,3 +62,9 @@ def greedy() -> Network:
             return self.inner(images)
 
     return Network(Greedy(), preprocessing=network.preprocessing, target_layer="inner.0")
+
+
+def nameless() -> Network:
+    """The same without names for its classes."""
+    network = colours()
+    return Network(network.module, preprocessing=network.preprocessing)

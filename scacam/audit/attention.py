@@ -3,18 +3,17 @@
 Arrays in, arrays out. Maps are `shares`: not negative, each with sum 1.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from scacam.audit.maps import TopMaps
+from scacam.evaluation.truth import TrueBoxes
 
 __all__ = [
     "BORDER_AREA",
     "CORNER_AREA",
-    "Objects",
     "border_cells",
     "corner_cells",
+    "coverage",
     "fixed_place",
     "outside",
 ]
@@ -27,40 +26,24 @@ CORNER_AREA = 4 * _CORNER**2
 """Share of the view in the four squares in its corners, each a quarter of it wide and high."""
 
 
-@dataclass
-class Objects:
-    """Where the objects are: boxes by image, sorted by image id.
-
-    Attributes:
-        image_ids: int64 `[N]`, one per box.
-        boxes: float32 `[N, 4]`, in pixels of the original images, half-open.
-    """
-
-    image_ids: np.ndarray
-    boxes: np.ndarray
-
-    def of(self, image_id: int) -> np.ndarray:
-        """The boxes of one image, `[M, 4]`."""
-        return self.boxes[slice(*np.searchsorted(self.image_ids, [image_id, image_id + 1]))]
-
-    def coverage(self, maps: TopMaps) -> np.ndarray:
-        """How much of each cell is object: `[N, h, w]`, all NaN where an image has no boxes."""
-        ids = maps.column("image_id")
-        count, height, width = maps.heatmaps.shape
-        first, last = np.searchsorted(self.image_ids, [ids[0], ids[-1] + 1]) if count else (0, 0)
-        chosen = first + np.flatnonzero(np.isin(self.image_ids[first:last], ids))
-        images = np.searchsorted(ids, self.image_ids[chosen])
-        views = maps.rectangles("view")[images]
-        covers = []
-        for axis, length in ((1, height), (0, width)):
-            start, size = views[:, axis], views[:, axis + 2] - views[:, axis]
-            low, high = (
-                (self.boxes[chosen, side] - start) / size * length for side in (axis, axis + 2)
-            )
-            covers.append(_overlap(length, low[:, None], high[:, None]))
-        covered = np.full((count, height, width), -1.0)
-        np.maximum.at(covered, images, covers[0][:, :, None] * covers[1][:, None, :])
-        return np.where(covered < 0, np.nan, covered)
+def coverage(objects: TrueBoxes, maps: TopMaps) -> np.ndarray:
+    """How much of each cell is object: `[N, h, w]`, all NaN where an image has no boxes."""
+    ids = maps.column("image_id")
+    count, height, width = maps.heatmaps.shape
+    first, last = np.searchsorted(objects.image_ids, [ids[0], ids[-1] + 1]) if count else (0, 0)
+    chosen = first + np.flatnonzero(np.isin(objects.image_ids[first:last], ids))
+    images = np.searchsorted(ids, objects.image_ids[chosen])
+    views = maps.rectangles("view")[images]
+    covers = []
+    for axis, length in ((1, height), (0, width)):
+        start, size = views[:, axis], views[:, axis + 2] - views[:, axis]
+        low, high = (
+            (objects.boxes[chosen, side] - start) / size * length for side in (axis, axis + 2)
+        )
+        covers.append(_overlap(length, low[:, None], high[:, None]))
+    covered = np.full((count, height, width), -1.0)
+    np.maximum.at(covered, images, covers[0][:, :, None] * covers[1][:, None, :])
+    return np.where(covered < 0, np.nan, covered)
 
 
 def border_cells(height: int, width: int) -> np.ndarray:

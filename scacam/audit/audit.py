@@ -14,14 +14,16 @@ import numpy as np
 from scacam.audit.attention import (
     BORDER_AREA,
     CORNER_AREA,
-    Objects,
     border_cells,
     corner_cells,
+    coverage,
     fixed_place,
     outside,
 )
-from scacam.audit.likeness import box_iou, energy, likeness, standard_ranks
+from scacam.audit.likeness import energy, likeness, standard_ranks
 from scacam.audit.maps import Ranking, TopMaps, top_maps
+from scacam.evaluation.sweep import iou
+from scacam.evaluation.truth import TrueBoxes
 from scacam.runs.record import same_classes
 from scacam.runs.results import Run
 
@@ -149,7 +151,7 @@ class Audit:
     pairs: list[PairAudit]
 
 
-def audit(run: Run, objects: Objects | None = None) -> Audit:
+def audit(run: Run, objects: TrueBoxes | None = None) -> Audit:
     """Look through the maps of the top classes of all images of a run.
 
     Args:
@@ -198,7 +200,7 @@ _SUMS = (
 class _NetworkPass:
     """Gathers what `NetworkAudit` says, a part of the images at a time."""
 
-    def __init__(self, network: dict[str, Any], method: str, objects: Objects | None) -> None:
+    def __init__(self, network: dict[str, Any], method: str, objects: TrueBoxes | None) -> None:
         self.network: str = network["name"]
         self.methods: list[str] = network["methods"]
         self.method = method if method in self.methods else self.methods[0]
@@ -225,7 +227,7 @@ class _NetworkPass:
         ranks = np.stack([standard_ranks(_flat(maps.heatmaps)) for maps in all_maps])
         boxes = np.stack([maps.rectangles("box") for maps in all_maps])
         alike = np.stack(
-            [np.einsum("anp,bnp->abn", ranks, ranks), box_iou(boxes[:, None], boxes[None])]
+            [np.einsum("anp,bnp->abn", ranks, ranks), iou(boxes[:, None], boxes[None])]
         )
         self.alike += np.nansum(alike, -1)
         self.compared += np.isfinite(alike).sum(-1)
@@ -246,7 +248,7 @@ class _NetworkPass:
         border, corner = np.einsum("nhw,ehw->en", shares, self.edge_cells)
         away = np.full(len(classes), np.nan)
         if self.objects is not None:
-            away = outside(shares, self.objects.coverage(maps))
+            away = outside(shares, coverage(self.objects, maps))
         columns = {
             "images": np.ones(len(classes)),
             "labelled": labelled,

@@ -130,7 +130,7 @@ class Weights:
                 "network": self.network,
                 "head": self.head,
                 "class_id": class_id,
-                "class_name": self.categories[class_id] if self.categories else None,
+                "class_name": self.categories[class_id] if self.categories else f"class {class_id}",
                 "images": count,
                 "averaged_gradients": self._sums[class_id] / count,
                 "verdict": verdict(self.head, self.cells),

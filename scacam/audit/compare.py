@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 from scacam.audit.likeness import likeness
 from scacam.audit.maps import TopMaps, top_maps
 from scacam.errors import RunError
+from scacam.runs.record import same_classes
 from scacam.runs.results import Run
 
 __all__ = ["COMPARISON", "compare_runs", "pair_networks"]
@@ -36,7 +37,8 @@ COMPARISON = pa.schema(
         ("box_iou", pa.float32()),
     ]
 )
-"""One row per image, pair of networks and method: the top classes of two runs, and their maps."""
+"""One row per image, pair of networks and method: the top classes of two runs, and their maps.
+`changed` is null where a class id does not mean the same to both networks."""
 
 
 def pair_networks(first: Run, second: Run) -> list[tuple[str, str]]:
@@ -83,6 +85,10 @@ def _comparisons(
     methods: list[str],
     images: np.ndarray,
 ) -> Iterator[pa.Table]:
+    comparable = {
+        pair: same_classes(*(run.networks[name] for run, name in zip(runs, pair, strict=True)))
+        for pair in networks
+    }
     for start in range(0, len(images), _AT_ONCE):
         ids = images[start : start + _AT_ONCE].T
         for names in networks:
@@ -92,7 +98,8 @@ def _comparisons(
                     maps = [each[method] for each in found]
                     both = np.isin(ids[0], maps[0].column("image_id"))
                     both &= np.isin(ids[1], maps[1].column("image_id"))
-                    yield _comparison(maps[0].of(ids[0][both]), maps[1].of(ids[1][both]), names)
+                    maps = [each.of(own[both]) for each, own in zip(maps, ids, strict=True)]
+                    yield _comparison(maps[0], maps[1], names, comparable[names])
 
 
 def _shared_images(first: Run, second: Run) -> np.ndarray:
@@ -106,7 +113,9 @@ def _shared_images(first: Run, second: Run) -> np.ndarray:
     return np.stack([found["image_id"].to_numpy(), others.to_numpy()], axis=1)
 
 
-def _comparison(first: TopMaps, second: TopMaps, networks: tuple[str, str]) -> pa.Table:
+def _comparison(
+    first: TopMaps, second: TopMaps, networks: tuple[str, str], comparable: bool
+) -> pa.Table:
     alike = likeness(first, second)
     count = len(first.rows)
     columns = {"uri": first.rows["uri"], "method": first.rows["method"]}
@@ -115,7 +124,9 @@ def _comparison(first: TopMaps, second: TopMaps, networks: tuple[str, str]) -> p
         columns[f"network_{suffix}"] = pa.repeat(network, count)
         for name in ("image_id", "class_id", "class_name", "probability"):
             columns[f"{name}_{suffix}"] = maps.rows[name]
-    columns["changed"] = pc.not_equal(columns["class_id_a"], columns["class_id_b"])
+    columns["changed"] = pa.nulls(count, pa.bool_())
+    if comparable:
+        columns["changed"] = pc.not_equal(columns["class_id_a"], columns["class_id_b"])
     for name, values in alike._asdict().items():
         columns[name] = pa.array(values.astype(np.float32), from_pandas=True)
     return pa.table({name: columns[name] for name in COMPARISON.names}).cast(COMPARISON)

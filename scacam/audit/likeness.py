@@ -8,9 +8,10 @@ from typing import NamedTuple
 import numpy as np
 
 from scacam.audit.maps import TopMaps
+from scacam.evaluation.sweep import iou
 from scacam.localization import interpolation
 
-__all__ = ["Likeness", "box_iou", "energy", "likeness", "standard_ranks"]
+__all__ = ["Likeness", "energy", "likeness", "standard_ranks"]
 
 _GRID = 16
 
@@ -54,7 +55,7 @@ def likeness(first: TopMaps, second: TopMaps) -> Likeness:
     return Likeness(
         moved,
         (standard_ranks(flat[0]) * standard_ranks(flat[1])).sum(-1),
-        box_iou(first.rectangles("box"), second.rectangles("box")),
+        iou(first.rectangles("box"), second.rectangles("box")),
     )
 
 
@@ -82,12 +83,3 @@ def standard_ranks(values: np.ndarray) -> np.ndarray:
     centred = (left + right) / 2 - (values.shape[-1] - 1) / 2
     length = np.sqrt((centred**2).sum(-1, keepdims=True))
     return centred / np.where(length > 0, length, np.nan)
-
-
-def box_iou(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """Intersection over union of half-open boxes `[..., 4]`; NaN where there is no box."""
-    low = np.maximum(first[..., :2], second[..., :2])
-    high = np.minimum(first[..., 2:], second[..., 2:])
-    shared = (high - low).clip(min=0).prod(-1)
-    areas = [(boxes[..., 2:] - boxes[..., :2]).prod(-1) for boxes in (first, second)]
-    return shared / (areas[0] + areas[1] - shared)

@@ -5,43 +5,33 @@ al. 2018 as TorchRay plays it, the energy-based one Wang et al. 2020 (Score-CAM)
 with the ReLU of their method applied.
 """
 
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
 import numpy as np
 
-from scacam.evaluation.sweep import (
-    GRID,
-    IOU_THRESHOLDS,
-    RIGHT_IOU,
-    Sweep,
-    best_ious,
-    boxes_above,
-    iou,
-    quantise,
-    sweep,
-)
+from scacam.evaluation.sweep import GRID, Sweep, iou, quantise, sweep
 from scacam.localization import box_of_region, upsample
 
 __all__ = [
     "BASELINES",
     "FIXED_THRESHOLDS",
+    "MEASURES",
     "POINTING_TOLERANCE",
     "SCORE_EDGES",
     "Claim",
-    "Truth",
+    "InView",
     "baseline",
     "baseline_map",
     "baseline_sweep",
     "energy_inside",
-    "fixed_ious",
-    "hits",
-    "ious_at",
+    "fixed_iou",
+    "in_view",
     "mask_in_view",
     "peak_distance",
     "positive_part",
     "score_histograms",
-    "truth_in_view",
 ]
 
 BASELINES = ("center_gaussian", "whole_image")
@@ -59,7 +49,7 @@ SCORE_EDGES = np.append(np.arange(0, 1, 0.001), [1.0, 2.0, 3.0])
 _SIGMA = 0.25 * GRID
 
 
-class Truth(NamedTuple):
+class InView(NamedTuple):
     """The true boxes of one image as far as its view shows them.
 
     Attributes:
@@ -82,20 +72,18 @@ class Claim(NamedTuple):
     """Where a map says that the object is.
 
     Attributes:
-        gray: uint8 `[224, 224]`, the map as its boxes are searched.
         fixed: float64 `[2, 4]`, its boxes at the `FIXED_THRESHOLDS`, in pixels of the original
             image; NaN where there is none.
         peak: float64 `[2]`, likewise; NaN if the map is constant.
         energy: `[224, 224]`, its positive part.
     """
 
-    gray: np.ndarray
     fixed: np.ndarray
     peak: np.ndarray
     energy: np.ndarray
 
 
-def truth_in_view(boxes: np.ndarray, view: np.ndarray) -> Truth:
+def in_view(boxes: np.ndarray, view: np.ndarray) -> InView:
     """Clip true boxes to a view.
 
     Args:
@@ -105,43 +93,15 @@ def truth_in_view(boxes: np.ndarray, view: np.ndarray) -> Truth:
     origin, end = np.tile(view[:2], 2).astype(np.float64), np.tile(view[2:], 2).astype(np.float64)
     grid = (boxes - origin) * GRID / (end - origin)
     inside = ((grid[:, :2] < GRID) & (grid[:, 2:] > 0)).all(1)
-    return Truth(boxes[inside].clip(origin, end), grid[inside].clip(0, GRID), int(np.sum(~inside)))
+    return InView(boxes[inside].clip(origin, end), grid[inside].clip(0, GRID), int(np.sum(~inside)))
 
 
-def hits(boxes: Sweep, truth: Truth) -> np.ndarray:
-    """Where the boxes of a map are right: bool `[4, 255]`, by level.
-
-    The first row is that of the largest contour's box at IoU 0.5 (MaxBoxAcc), the others are those
-    of any contour's at 0.3, 0.5 and 0.7 (MaxBoxAccV2).
-    """
-    largest, any_contour = best_ious(boxes, truth.pixels)
-    return np.stack(
-        [largest >= RIGHT_IOU, *(any_contour >= threshold for threshold in IOU_THRESHOLDS)]
-    )
+def fixed_iou(box: np.ndarray, truth: InView) -> float:
+    """The best overlap of a box `[4]` in pixels of the original image; 0 where there is none."""
+    return float(np.nan_to_num(iou(box, truth.boxes).max()))
 
 
-def ious_at(gray: np.ndarray, levels: tuple[int, int], truth: Truth) -> tuple[float, float]:
-    """The best overlap of the largest contour's box at one level, and of any contour's at another.
-
-    Args:
-        gray: as in a `Claim`.
-        levels: those at which MaxBoxAcc, and MaxBoxAccV2 at IoU 0.5, are best on the data set.
-        truth: the true boxes.
-    """
-    boxes, largest = boxes_above(gray, levels[0])
-    best = iou(boxes[largest : largest + 1], truth.pixels, inclusive=True).max()
-    boxes, _ = boxes_above(gray, levels[1])
-    return float(best), float(iou(boxes, truth.pixels, inclusive=True).max())
-
-
-def fixed_ious(fixed: np.ndarray, truth: Truth) -> list[float]:
-    """The best overlap of the box at each of the `FIXED_THRESHOLDS`; 0 where there is none."""
-    found = np.isfinite(fixed).all(1)
-    overlaps = iou(np.where(found[:, None], fixed, 0), truth.boxes, inclusive=False).max(1)
-    return np.where(found, overlaps, 0.0).tolist()
-
-
-def peak_distance(peak: np.ndarray, truth: Truth) -> float:
+def peak_distance(peak: np.ndarray, truth: InView) -> float:
     """Pixels of the original image from a peak to the nearest true box: 0 inside, ∞ for no peak."""
     if np.isnan(peak).any():
         return np.inf
@@ -154,7 +114,7 @@ def positive_part(heatmap: np.ndarray) -> np.ndarray:
     return upsample(heatmap.clip(min=0).astype(np.float32), (GRID, GRID))
 
 
-def energy_inside(energy: np.ndarray, truth: Truth) -> float:
+def energy_inside(energy: np.ndarray, truth: InView) -> float:
     """The share of a positive map `[224, 224]` inside the true boxes; 0 if it is all zero."""
     inside = np.zeros(energy.shape, dtype=bool)
     # A pixel belongs to the boxes that hold its centre.
@@ -162,6 +122,17 @@ def energy_inside(energy: np.ndarray, truth: Truth) -> float:
         inside[y0:y1, x0:x1] = True
     whole = float(energy.sum(dtype=np.float64))
     return float(energy[inside].sum(dtype=np.float64)) / whole if whole else 0.0
+
+
+MEASURES: dict[str, Callable[[Claim, InView], float]] = {
+    "iou_15": lambda claim, truth: fixed_iou(claim.fixed[0], truth),
+    "iou_20": lambda claim, truth: fixed_iou(claim.fixed[1], truth),
+    "peak_distance": lambda claim, truth: peak_distance(claim.peak, truth),
+    "energy": lambda claim, truth: energy_inside(claim.energy, truth),
+}
+"""What is measured of each image at once, a column each of the table of images: the overlaps of the
+boxes at `FIXED_THRESHOLDS`, pixels from the peak to the nearest true box (0 inside, ∞ without a
+peak), the share of the positive map inside the boxes."""
 
 
 def baseline_map(name: str) -> np.ndarray:
@@ -185,15 +156,16 @@ def baseline(name: str, view: np.ndarray) -> Claim:
 def _unit_baseline(name: str) -> Claim:
     """With boxes and peak as shares of the view."""
     heatmap = baseline_map(name)
-    score = (heatmap - heatmap.min()) / np.ptp(heatmap) if np.ptp(heatmap) else heatmap
     fixed = [box_of_region(heatmap > share * heatmap.max()) for share in FIXED_THRESHOLDS]
-    return Claim(quantise(score), np.array(fixed) / GRID, np.full(2, 0.5), positive_part(heatmap))
+    return Claim(np.array(fixed) / GRID, np.full(2, 0.5), positive_part(heatmap))
 
 
 @cache
 def baseline_sweep(name: str) -> Sweep:
     """The boxes of a baseline at all levels."""
-    return sweep(_unit_baseline(name).gray)
+    heatmap = baseline_map(name)
+    score = (heatmap - heatmap.min()) / np.ptp(heatmap) if np.ptp(heatmap) else heatmap
+    return sweep(quantise(score))
 
 
 def mask_in_view(mask: np.ndarray, size: tuple[int, int], view: np.ndarray) -> np.ndarray:

@@ -4,7 +4,7 @@ The reference (wsolevaluation) searches the contours of a score map once per thr
 A map of 8 bits has at most 255 distinct masks, and of those most need no search: see `sweep`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -20,10 +20,10 @@ __all__ = [
     "THRESHOLDS",
     "Sweep",
     "best_ious",
-    "boxes_above",
     "iou",
     "quantise",
     "score_map",
+    "search",
     "sweep",
 ]
 
@@ -47,12 +47,12 @@ _CROSS = cv2.getStructuringElement(cv2.MORPH_CROSS, (3, 3))
 
 
 class Sweep(NamedTuple):
-    """The boxes of one map at levels 0 to 254.
+    """The boxes of one map at levels 0 to 254, or some of them.
 
     Attributes:
         boxes: int64 `[N, 4]`: x0, y0, x1, y1, as the reference has them, level after level.
-        starts: int64 `[255]`: where in `boxes` each level begins.
-        largest: int64 `[255]`: which of `boxes` is that of the contour of the largest area.
+        starts: int64 `[levels]`: where in `boxes` each level begins.
+        largest: int64 `[levels]`: which of `boxes` is that of the contour of the largest area.
     """
 
     boxes: np.ndarray
@@ -77,20 +77,21 @@ def quantise(score: np.ndarray) -> np.ndarray:
     return (score * 255).astype(np.uint8)
 
 
-def boxes_above(gray: np.ndarray, level: int) -> tuple[np.ndarray, int]:
-    """The boxes of all contours, outer and inner, of the mask `gray > level`.
+def search(gray: np.ndarray, levels: Iterable[int]) -> Sweep:
+    """The boxes of all contours, outer and inner, of the masks `gray > level`, level by level.
 
-    Returns:
-        int64 `[N, 4]`, and which of them is that of the contour of the largest area (the first of
-        equals, in OpenCV's order). As in the reference, a box ends one pixel behind its contour
-        unless the map ends there, and an empty mask has the box 0, 0, 0, 0.
+    As in the reference, a box ends one pixel behind its contour unless the map ends there, an empty
+    mask has the box 0, 0, 0, 0, and the contour of the largest area is the first of equals, in
+    OpenCV's order.
     """
-    contours = _contours(gray, level)
-    if not contours:
-        return np.zeros((1, 4), dtype=np.int64), 0
-    return _as_corners([cv2.boundingRect(contour) for contour in contours], gray), _largest(
-        contours
-    )
+    boxes, largest = [], []
+    for level in levels:
+        contours = _contours(gray, level)
+        largest.append(_largest(contours))
+        boxes.append([cv2.boundingRect(contour) for contour in contours] or [(0, 0, 0, 0)])
+    counts = np.array([len(found) for found in boxes])
+    starts = counts.cumsum() - counts
+    return Sweep(_as_corners(np.concatenate(boxes), gray), starts, starts + largest)
 
 
 def sweep(gray: np.ndarray) -> Sweep:
@@ -120,8 +121,10 @@ def sweep(gray: np.ndarray) -> Sweep:
     return Sweep(_as_corners(np.concatenate(pieces), gray), starts, starts + largest)
 
 
-def iou(boxes: np.ndarray, others: np.ndarray, *, inclusive: bool) -> np.ndarray:
-    """Intersection over union of each of `[N, 4]` with each of `[M, 4]`: float64 `[N, M]`.
+def iou(boxes: np.ndarray, others: np.ndarray, *, inclusive: bool = False) -> np.ndarray:
+    """Intersection over union of boxes `[..., 4]` with others, which broadcast.
+
+    NaN where one of them is; 0 where neither has an area.
 
     Args:
         boxes: x0, y0, x1, y1.
@@ -130,23 +133,26 @@ def iou(boxes: np.ndarray, others: np.ndarray, *, inclusive: bool) -> np.ndarray
             of equal corners has area 1), or its edges in continuous coordinates.
     """
     extra = 1 if inclusive else 0
-    first, second = boxes[:, None], others[None]
-    low = np.maximum(first[..., :2], second[..., :2])
-    high = np.minimum(first[..., 2:], second[..., 2:])
-    shared = (high - low + extra).clip(min=0).prod(-1)
-    areas = (boxes[:, 2:] - boxes[:, :2] + extra).prod(-1)
-    other_areas = (others[:, 2:] - others[:, :2] + extra).prod(-1)
-    union = areas[:, None] + other_areas - shared
-    return np.divide(shared, union, out=np.zeros(union.shape), where=union > 0)
+    sides = np.minimum(boxes[..., 2:], others[..., 2:]) - np.maximum(
+        boxes[..., :2], others[..., :2]
+    )
+    shared = _area((sides + extra).clip(min=0))
+    union = _area(boxes[..., 2:] - boxes[..., :2] + extra) - shared
+    union = union + _area(others[..., 2:] - others[..., :2] + extra)
+    return np.divide(shared, union, out=union * 0.0, where=union > 0)
+
+
+def _area(sides: np.ndarray) -> np.ndarray:
+    return sides[..., 0] * sides[..., 1]
 
 
 def best_ious(boxes: Sweep, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """The best overlap with any of the true boxes `[M, 4]` at each level, two times `[255]`.
+    """The best overlap with any of the true boxes `[M, 4]` at each level, two times `[levels]`.
 
     Returns:
         That of the box of the largest contour (MaxBoxAcc), and that of any contour (V2).
     """
-    best = iou(boxes.boxes, truth, inclusive=True).max(1)
+    best = iou(boxes.boxes[:, None], truth, inclusive=True).max(1)
     return best[boxes.largest], np.maximum.reduceat(best, boxes.starts)
 
 
@@ -157,7 +163,7 @@ def _contours(gray: np.ndarray, level: int) -> Sequence[np.ndarray]:
 
 def _largest(contours: Sequence[np.ndarray]) -> int:
     areas = [cv2.contourArea(contour) for contour in contours]
-    return areas.index(max(areas))
+    return areas.index(max(areas)) if areas else 0
 
 
 def _as_corners(rectangles: ArrayLike, gray: np.ndarray) -> np.ndarray:

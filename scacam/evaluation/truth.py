@@ -1,75 +1,74 @@
 """Ground truth of the images of a run: their true boxes or masks, matched by name."""
 
-from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.csv
-import pyarrow.parquet
+import pyarrow.compute as pc
 from pyarrow import fs
 
 from scacam.errors import RunError
-from scacam.inputs.manifest import read_manifest
+from scacam.evaluation.tables import TRUE_BOXES
+from scacam.inputs.labels import parse_labels
+from scacam.inputs.manifest import absolute_uris
+from scacam.inputs.sheets import read_sheet
 from scacam.storage import join, locate
+from scacam.tables import stacked
 
-__all__ = ["BoxTruth", "MaskTruth", "read_boxes", "read_masks"]
+__all__ = ["LeftOut", "MaskFiles", "TrueBoxes", "read_boxes", "read_masks"]
 
-_CORNERS = ["x0", "y0", "x1", "y1"]
+LeftOut = dict[str, int]
+"""What was left out, in words, and how much of it."""
+
+_CORNERS = ("x0", "y0", "x1", "y1")
 
 
 @dataclass(frozen=True)
-class BoxTruth:
-    """True boxes of the labelled class.
+class TrueBoxes:
+    """Where the objects are.
 
     Attributes:
-        offsets: int64 `[images + 1]`, where the boxes of each image of the manifest begin.
-        boxes: float64 `[N, 4]`, in pixels of the original images.
-        left_out: what was left out, and how much of it.
+        image_ids: int64 `[N]`, one per box, rising.
+        boxes: float64 `[N, 4]`, x0, y0, x1, y1 in pixels of the original images, half-open.
     """
 
-    offsets: np.ndarray
+    image_ids: np.ndarray
     boxes: np.ndarray
-    left_out: Mapping[str, int]
 
-    @property
-    def wanted(self) -> np.ndarray:
-        """Which images can be evaluated: bool `[images]`."""
-        return np.diff(self.offsets) > 0
+    @classmethod
+    def from_table(cls, table: pa.Table) -> "TrueBoxes":
+        """From a table as in `tables.TRUE_BOXES`."""
+        return cls(table["image_id"].to_numpy(), stacked(table, _CORNERS))
+
+    def table(self) -> pa.Table:
+        """As in `tables.TRUE_BOXES`."""
+        return pa.table([self.image_ids, *self.boxes.T], schema=TRUE_BOXES)
 
     def of(self, image_id: int) -> np.ndarray:
-        """The boxes of one image."""
-        return self.boxes[self.offsets[image_id] : self.offsets[image_id + 1]]
-
-    def rows(self) -> Iterator[dict[str, float]]:
-        """Rows as in `tables.TRUE_BOXES`."""
-        ids = np.repeat(np.arange(len(self.wanted)), np.diff(self.offsets))
-        for image_id, box in zip(ids.tolist(), self.boxes.tolist(), strict=True):
-            yield {"image_id": image_id, **dict(zip(_CORNERS, box, strict=True))}
+        """The boxes of one image, `[M, 4]`."""
+        return self.boxes[slice(*np.searchsorted(self.image_ids, [image_id, image_id + 1]))]
 
 
 @dataclass(frozen=True)
-class MaskTruth:
-    """True masks, one file per image.
+class MaskFiles:
+    """Masks of the objects, one file per image.
 
     Attributes:
-        folder: where they are.
-        wanted: which images can be evaluated: bool `[images]`.
-        left_out: as for boxes.
+        image_ids: int64 `[N]`, the images that have one, rising.
+        folder: where the files are.
     """
 
+    image_ids: np.ndarray
     folder: str
-    wanted: np.ndarray
-    left_out: Mapping[str, int]
 
     def of(self, uri: str) -> str:
         """The path of the mask of an image."""
-        return join(self.folder, _mask_name(uri))
+        return join(self.folder, _mask_names(pa.array([uri]))[0].as_py())
 
 
-def read_boxes(source: str, manifest: pa.Table) -> BoxTruth:
-    """Read the boxes of a run's images.
+def read_boxes(source: str, manifest: pa.Table) -> tuple[TrueBoxes, LeftOut]:
+    """Read the boxes of a run's images that are of the image's labelled class.
 
     Args:
         source: a `.csv` or `.parquet` file with `uri` (relative ones are relative to it) or `file`
@@ -80,52 +79,60 @@ def read_boxes(source: str, manifest: pa.Table) -> BoxTruth:
         RunError: the file cannot be read, has no such columns, has boxes that are none, or names
             files that several images have.
     """
-    boxes = _read_table(source)
-    images = manifest.to_pandas()
-    key = "uri" if "uri" in boxes else "file"
-    missing = [name for name in (key, *_CORNERS) if name not in boxes]
+    table = _read_table(source)
+    key = "uri" if "uri" in table.column_names else "file"
+    missing = [name for name in (key, *_CORNERS) if name not in table.column_names]
     if missing:
         raise RunError(f"boxes {source} have no column {', '.join(missing)}; see the README")
-    boxes[_CORNERS] = boxes[_CORNERS].apply(pd.to_numeric, errors="coerce").astype(np.float64)
-    wrong = boxes[_CORNERS].isna().any(axis=1)
-    wrong |= (boxes.x1 < boxes.x0) | (boxes.y1 < boxes.y0)
+    boxes = np.stack(
+        [pd.to_numeric(table[name].to_pandas(), errors="coerce") for name in _CORNERS], axis=1
+    ).astype(np.float64)
+    wrong = ~(boxes[:, :2] <= boxes[:, 2:]).all(1)
     if wrong.any():
-        first = boxes[wrong].iloc[0].to_dict()
+        first = table.slice(int(wrong.argmax()), 1).to_pylist()[0]
         raise RunError(
             f"boxes {source}: {wrong.sum()} rows are no boxes (x0 <= x1, y0 <= y1), first {first}"
         )
+    if len(boxes) and boxes.max() <= 1:
+        raise RunError(
+            f"boxes {source} all lie between 0 and 1: they are shares of the image, it seems; "
+            "multiply x0 and x1 by its width, y0 and y1 by its height"
+        )
+    images = manifest.select(["image_id", "label"]).append_column("key", manifest["uri"])
     if key == "uri":
-        boxes["uri"] = read_manifest(source).table["uri"].to_pandas()
+        keys = absolute_uris(table["uri"], source)
     else:
-        images["file"] = images.uri.map(_file_name)
-        _refuse_ambiguous(images, boxes.file, source)
-    columns = [name for name in (key, "class_id") if name in boxes]
-    merged = boxes[columns].reset_index(names="box").merge(images, on=key, how="left")
-    in_run, labelled = merged.image_id.notna(), merged.label.notna()
-    fits = labelled.copy()
-    if "class_id" in merged:
-        fits &= merged.class_id.isna() | (merged.class_id == merged.label)
-    kept = merged[fits].astype({"image_id": np.int64}).sort_values("image_id", kind="stable")
-    counts = np.bincount(kept.image_id, minlength=len(images))
+        keys = table["file"].cast(pa.string())
+        images = images.set_column(2, "key", _file_names(manifest["uri"]))
+        _refuse_ambiguous(images["key"], manifest["uri"], keys, source)
+    columns = {"box": np.arange(len(table)), "key": keys}
+    if "class_id" in table.column_names:
+        columns["class_id"] = _numbers(table["class_id"], source)
+    merged = pa.table(columns).join(images, "key", join_type="left outer")
+    in_run, labelled = merged["image_id"].is_valid(), merged["label"].is_valid()
+    fits = labelled
+    if "class_id" in columns:
+        same = pc.equal(merged["class_id"], merged["label"])
+        fits = pc.and_(labelled, same.fill_null(True))
+    kept = merged.filter(fits).sort_by([("image_id", "ascending"), ("box", "ascending")])
+    found = TrueBoxes(kept["image_id"].to_numpy(), boxes[kept["box"].to_numpy()])
 
-    def only(rows: pd.Series) -> int:
+    def only(rows: pa.ChunkedArray) -> int:
         """The boxes that are in these rows and not among the kept: an image may be there twice."""
-        return len(set(merged.box[rows]) - set(kept.box))
+        return len(np.setdiff1d(merged["box"].filter(rows), kept["box"]))
 
-    return BoxTruth(
-        offsets=np.concatenate([[0], counts.cumsum()]),
-        boxes=boxes[_CORNERS].to_numpy()[kept.box],
-        left_out={
-            "boxes of images that are not in the run": only(~in_run),
-            "boxes of images without a label": only(in_run & ~labelled),
-            "boxes of other classes than the label": only(labelled & ~fits),
-            "images without a label": int(images.label.isna().sum()),
-            "labelled images without a box": int((images.label.notna() & (counts == 0)).sum()),
-        },
-    )
+    return found, {
+        "boxes of images that are not in the run": only(pc.invert(in_run)),
+        "boxes of images without a label": only(pc.and_not(in_run, labelled)),
+        "boxes of other classes than the label": only(pc.and_not(labelled, fits)),
+        "images without a label": manifest["label"].null_count,
+        "labelled images without a box": len(manifest)
+        - manifest["label"].null_count
+        - len(np.unique(found.image_ids)),
+    }
 
 
-def read_masks(folder: str, manifest: pa.Table) -> MaskTruth:
+def read_masks(folder: str, manifest: pa.Table) -> tuple[MaskFiles, LeftOut]:
     """Find the masks of a run's images: `NAME.png` for an image `NAME.jpg`.
 
     Raises:
@@ -136,49 +143,54 @@ def read_masks(folder: str, manifest: pa.Table) -> MaskTruth:
         listed = filesystem.get_file_info(fs.FileSelector(path.rstrip("/")))
     except (OSError, ValueError) as error:
         raise RunError(f"cannot list masks {folder}: {error}") from error
-    names = pd.Series([info.base_name for info in listed if info.extension == "png"], dtype=str)
-    images = manifest.to_pandas()
-    images["file"] = images.uri.map(_mask_name)
-    _refuse_ambiguous(images, names, folder)
-    found, labelled = images.file.isin(names), images.label.notna()
-    return MaskTruth(
-        folder=folder,
-        wanted=(found & labelled).to_numpy(),
-        left_out={
-            "masks of images that are not in the run": int((~names.isin(images.file)).sum()),
-            "images without a label": int((~labelled).sum()),
-            "labelled images without a mask": int((labelled & ~found).sum()),
-        },
-    )
+    files = pa.array([info.base_name for info in listed if info.extension == "png"], pa.string())
+    names = _mask_names(manifest["uri"])
+    _refuse_ambiguous(names, manifest["uri"], files, folder)
+    found, labelled = pc.is_in(names, files), manifest["label"].is_valid()
+    return MaskFiles(manifest["image_id"].filter(pc.and_(found, labelled)).to_numpy(), folder), {
+        "masks of images that are not in the run": len(files)
+        - pc.sum(pc.is_in(files, names)).as_py(),
+        "images without a label": manifest["label"].null_count,
+        "labelled images without a mask": pc.sum(pc.and_not(labelled, found)).as_py(),
+    }
 
 
-def _file_name(uri: str) -> str:
-    """The last part of a uri; of an image in a container, of its name there."""
-    return uri.rpartition("::")[2].rpartition("/")[2]
+def _file_names(uris: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """The last parts of uris; of images in a container, of their names there."""
+    return pc.replace_substring_regex(uris, r"(?s)^(?:.*::)?(?:.*/)?", "")
 
 
-def _mask_name(uri: str) -> str:
-    file = _file_name(uri)
-    return f"{file.rpartition('.')[0] or file}.png"
+def _mask_names(uris: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    stems = pc.replace_substring_regex(_file_names(uris), r"(?s)^(.+)\.[^.]*$", r"\1")
+    return pc.binary_join_element_wise(stems, ".png", "")
 
 
-def _read_table(source: str) -> pd.DataFrame:
+def _read_table(source: str) -> pa.Table:
     try:
-        filesystem, path = locate(source)
-        with filesystem.open_input_file(path) as file:
-            if path.lower().endswith(".csv"):
-                return pyarrow.csv.read_csv(file).to_pandas()
-            return pyarrow.parquet.read_table(file).to_pandas()
+        return read_sheet(source, ["uri", "file", *_CORNERS, "class_id"]).table
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read boxes {source}: {error}") from error
 
 
-def _refuse_ambiguous(images: pd.DataFrame, files: pd.Series, source: str) -> None:
+def _numbers(class_ids: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
+    numbers, names = parse_labels(class_ids, f"boxes {source}")
+    if names.null_count < len(names):
+        raise RunError(f"boxes {source}: class_id must be numbers")
+    return numbers
+
+
+def _refuse_ambiguous(
+    names: pa.ChunkedArray, uris: pa.ChunkedArray, named: pa.ChunkedArray, source: str
+) -> None:
     """One image may be there for several labels; different images with one name may not."""
-    distinct = images[images.file.isin(files)].drop_duplicates(["file", "uri"])
-    repeated = distinct[distinct.duplicated("file", keep=False)]
-    if len(repeated):
-        first, second = repeated.sort_values("file").uri.iloc[:2]
+    images = pa.table({"name": names, "uri": uris})
+    images = (
+        images.filter(pc.is_in(names, pc.unique(named))).group_by(["name", "uri"]).aggregate([])
+    )
+    counts = images.group_by("name").aggregate([("uri", "count")])
+    repeated = pc.min(counts.filter(pc.field("uri_count") > 1)["name"])
+    if repeated.is_valid:
+        first, second = sorted(images.filter(pc.field("name") == repeated)["uri"].to_pylist())[:2]
         raise RunError(
             f"{source} names files, but several images of the run have the same name, such as "
             f"{first} and {second}; name them by uri"

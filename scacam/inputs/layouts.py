@@ -13,11 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
 import pandas as pd
-from pyarrow import fs
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from scacam.errors import RunError
 from scacam.inputs.containers import IMAGE_SUFFIXES
-from scacam.storage import locate, read_bytes
+from scacam.inputs.labels import imagenet_names, imagenet_wnids, parse_labels
+from scacam.inputs.listing import UNDECODABLE, list_files
+from scacam.inputs.sheets import read_sheet
+from scacam.storage import read_bytes
 
 __all__ = ["LAYOUTS", "DataSet", "Example", "Root", "read_text"]
 
@@ -59,21 +63,25 @@ class Root:
     Attributes:
         path: where it is, as the uris begin.
         files: all that is in it, sorted.
+        folders: all folders in it.
         images: those files that are images by their names.
         left_out: what was left out, and how much of it.
     """
 
     def __init__(self, path: str) -> None:
         try:
-            filesystem, inner_path = locate(path.rstrip("/"))
-            infos = filesystem.get_file_info(fs.FileSelector(inner_path, recursive=True))
+            listing = list_files(path)
         except (OSError, ValueError) as error:
             raise RunError(f"cannot list {path}: {error}") from error
-        scheme = path.partition("://")[0] + "://" if "://" in path else ""
-        self.path = scheme + inner_path
-        self.files = sorted(scheme + info.path for info in infos if info.type == fs.FileType.File)
+        self.path, self.folders = listing.path, listing.folders
+        self.files = [file.uri for file in listing.files if file.size is not None]
         self.images = [file for file in self.files if file.lower().endswith(IMAGE_SUFFIXES)]
-        self.left_out: Counter[str] = Counter()
+        self.left_out = Counter(
+            {
+                "links to nothing": len(listing.files) - len(self.files),
+                f"files {UNDECODABLE}": listing.undecodable,
+            }
+        )
 
     def find(self, *names: str) -> list[str]:
         """The files of these names, in whatever folder; empty unless all are there."""
@@ -131,13 +139,21 @@ def tiny_imagenet(root: Root) -> DataSet:
 
 
 def image_folder(root: Root) -> DataSet:
-    """A folder per class, as torchvision's ImageFolder reads it. There are no boxes."""
+    """A folder per class, as torchvision's ImageFolder reads it; an empty one is a class, too.
+
+    Folders that are all named by WordNet ids of ImageNet are ImageNet's classes, be they some or
+    all. There are no boxes.
+    """
     examples = []
     for image in root.images:
         folder, separator, _ = image.removeprefix(root.path + "/").partition("/")
         if separator:
             examples.append(Example(image, folder))
-    return DataSet(examples, sorted({example.name for example in examples}), root.images)
+    inside = (folder.removeprefix(root.path + "/") for folder in root.folders)
+    classes = {folder for folder in inside if "/" not in folder} | {e.name for e in examples}
+    if classes and classes <= set(imagenet_wnids()):
+        return DataSet(examples, imagenet_wnids(), root.images)
+    return DataSet(examples, sorted(classes), root.images)
 
 
 def coco(root: Root) -> DataSet:
@@ -157,7 +173,7 @@ def coco(root: Root) -> DataSet:
             key = files[annotation["image_id"]], names[annotation["category_id"]]
             boxes[key].append((x, y, x + width, y + height))
     examples = [Example(where.get(file, file), name, own) for (file, name), own in boxes.items()]
-    return DataSet(examples, _imagenet(), root.images)
+    return DataSet(examples, imagenet_names(), root.images)
 
 
 def voc(root: Root) -> DataSet:
@@ -172,7 +188,7 @@ def voc(root: Root) -> DataSet:
             boxes[name].append((x0 - 1, y0 - 1, x1, y1))  # pixels counted from 1, the last one in
         root.left_out["classes with difficult objects only"] += len(boxes.keys() - easy)
         examples += [Example(images.get(stem, stem), name, boxes[name]) for name in sorted(easy)]
-    return DataSet(examples, _imagenet(), list(images.values()))
+    return DataSet(examples, imagenet_names(), list(images.values()))
 
 
 def csv(root: Root) -> DataSet:
@@ -180,20 +196,24 @@ def csv(root: Root) -> DataSet:
     sheets = root.find("images.csv")
     if not sheets:
         raise RunError(f"{root.path} has no images.csv with uri or file, and label")
-    images = _keyed(root, sheets[0], ["label"])
+    keys, images = _keyed(root, sheets[0], ["label"])
+    numbers, names = parse_labels(images["label"], sheets[0])
+    named = names.null_count < len(names)  # then numbers are names, too
+    labels = pc.coalesce(names, numbers.cast(pa.string())).to_pylist()
     boxes: dict[str, list[Box]] = {}
     for sheet in root.find("boxes.csv"):
-        rows = _keyed(root, sheet, _CORNERS)
-        for key, *corners in rows[["key", *_CORNERS]].itertuples(index=False):
-            boxes.setdefault(key, []).append(_box(corners))
+        boxed, corners = _keyed(root, sheet, _CORNERS)
+        for key, *box in zip(boxed, *corners.select(_CORNERS).to_pydict().values(), strict=True):
+            boxes.setdefault(key, []).append(_box(box))
     examples = [
-        Example(key, str(label), boxes.pop(key, []))
-        for key, label in zip(images.key, images.label, strict=True)
+        Example(key, label, boxes.pop(key, []))
+        for key, label in zip(keys, labels, strict=True)
+        if label is not None
     ]
+    root.left_out["images without a label"] += labels.count(None)
     root.left_out["images with boxes that images.csv does not list"] += len(boxes)
-    numbers = images.label.astype(str).str.fullmatch(r"\d+").all()
-    top = int(images.label.max()) + 1 if numbers else 0
-    classes = [str(number) for number in range(top)] or sorted(set(images.label))
+    top = -1 if named else pc.max(numbers).as_py() or 0
+    classes = [str(number) for number in range(top + 1)] or sorted({e.name for e in examples})
     return DataSet(examples, classes, root.images)
 
 
@@ -250,22 +270,18 @@ def _wnids(data: bytes) -> dict[int, str]:
     }
 
 
-def _imagenet() -> list[str]:
-    from torchvision.models import get_weight
-
-    return get_weight("ResNet18_Weights.IMAGENET1K_V1").meta["categories"]
-
-
-def _keyed(root: Root, sheet: str, columns: list[str]) -> pd.DataFrame:
-    """A CSV with a column `key`: the uri of each row's image."""
-    rows = pd.read_csv(io.StringIO(read_text(sheet)))
-    missing = [name for name in columns if name not in rows]
-    if missing or not ({"uri", "file"} & set(rows)):
+def _keyed(root: Root, sheet: str, columns: list[str]) -> tuple[list[str], pa.Table]:
+    """A CSV, and the uri of each row's image."""
+    try:
+        rows = read_sheet(sheet, ["uri", "file", *columns]).table
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot read {sheet}: {error}") from error
+    missing = [name for name in columns if name not in rows.column_names]
+    if missing or not {"uri", "file"} & set(rows.column_names):
         raise RunError(f"{sheet} has no column {', '.join(missing) or 'uri or file'}")
-    if "uri" in rows:
+    if "uri" in rows.column_names:
         folder = sheet.rpartition("/")[0]
-        rows["key"] = [uri if uri.startswith(root.path) else f"{folder}/{uri}" for uri in rows.uri]
-    else:
-        where = {_name(image): image for image in root.images}
-        rows["key"] = [where.get(file, file) for file in rows.file]
-    return rows
+        uris = [uri or "" for uri in rows["uri"].to_pylist()]
+        return [uri if uri.startswith(root.path) else f"{folder}/{uri}" for uri in uris], rows
+    where = {_name(image): image for image in root.images}
+    return [where.get(file, file) for file in rows["file"].cast(pa.string()).to_pylist()], rows

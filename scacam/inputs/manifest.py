@@ -1,23 +1,50 @@
 """From an input to the manifest: one row per image, in a fixed order."""
 
-from collections.abc import Iterable
+import logging
+import posixpath
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv
-import pyarrow.parquet
 from pyarrow import fs
 
 from scacam.errors import RunError
-from scacam.inputs.containers import IMAGE_SUFFIXES, Member, members
-from scacam.storage import locate
+from scacam.inputs.containers import (
+    CONTAINERS,
+    IMAGE_SUFFIXES,
+    IMAGES,
+    Contents,
+    list_container,
+    read_image,
+)
+from scacam.inputs.labels import class_ids, parse_labels, refuse_rows
+from scacam.inputs.listing import UNDECODABLE, File, Listing, list_files, suffix_of
+from scacam.inputs.sheets import SHEETS, Sheet, read_sheet
+from scacam.storage import locate, read_ahead, uri_of
 from scacam.tables import MANIFEST
 
-__all__ = ["Manifest", "read_manifest", "refuse_unknown_labels"]
+__all__ = [
+    "Manifest",
+    "absolute_uris",
+    "new_files",
+    "read_manifest",
+    "refuse_unknown_labels",
+    "resolve_labels",
+]
 
-_CONTAINERS = (".tar", ".parquet")
+logger = logging.getLogger("scacam")
+
+_FEW_IMAGES = 10_000
+_TOLD_SUFFIXES = 5
+
+_CONTAINER = "|".join(re.escape(suffix) for suffix in CONTAINERS)
 
 
 class Manifest(NamedTuple):
@@ -25,142 +52,281 @@ class Manifest(NamedTuple):
 
     Attributes:
         table: as `scacam.tables.MANIFEST`; an image's id is its row.
-        ignored: how many files of the input are no images by their names.
+        ignored: how many files of the input are no images by their names, or tables without any,
+            by suffix.
+        names: of labels that are names, these, row by row: `resolve_labels` makes them numbers.
     """
 
     table: pa.Table
-    ignored: int
+    ignored: Mapping[str, int] = {}
+    names: pa.ChunkedArray | None = None
+
+    def left_out(self) -> str:
+        """What was ignored in words, "5 files left out: 4 .heic, 1 .txt"; empty if nothing."""
+        return _told(self.ignored)
 
 
-def read_manifest(source: str, limit: int | None = None) -> Manifest:
+def read_manifest(
+    source: str,
+    limit: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+) -> Manifest:
     """Find the images of an input.
 
     Args:
-        source: a folder or prefix of images, of `.tar` shards (WebDataset) or of `.parquet` tables
-            with image bytes; one such shard or table; or a manifest, `.csv` or `.parquet`, with a
-            column `uri`, relative uris being relative to its folder, and perhaps `label`.
+        source: a folder or prefix of images, of `.tar` shards (WebDataset, packed by gzip or not)
+            and of `.parquet` tables with image bytes; one such shard or table; or a manifest,
+            `.csv`, `.tsv` or `.parquet`, with a column `uri`, relative uris being relative to its
+            folder, and perhaps `label`.
         limit: take only this many images, the first ones.
+        image_column: the column of tables that holds the images; left out, the one that does.
+        label_column: the column, or in `.json` of tar shards the key, that holds the labels; left
+            out, `label`.
 
     Raises:
         RunError: there is no such input, it holds no images, or the manifest is wrong in itself.
     """
+    listed = partial(list_container, limit=limit, image=image_column, label=label_column)
+    ignored: Counter[str] = Counter()
     try:
-        filesystem, path = locate(source)
-        path = path.rstrip("/")
-        kind = filesystem.get_file_info(path).type
-        if kind == fs.FileType.NotFound:
-            raise RunError(f"no such input: {source}")
-        if kind == fs.FileType.Directory:
-            table, ignored = _from_folder(filesystem, path, source)
+        listing = _listing(source)
+        if listing is not None:
+            images, ignored = _from_folder(listing, listed, limit)
         else:
-            table, ignored = _from_file(filesystem, path, source), 0
+            images = _from_file(source, listed, label_column)
+        images = images.slice(0, limit)
+        if not len(images):
+            raise RunError(
+                f"no images in {source}: {_told(ignored) or 'no files there'}; files of images end "
+                f"in {', '.join(IMAGE_SUFFIXES + CONTAINERS)}, and a manifest is given by its path"
+            )
     except (OSError, ValueError) as error:
         raise RunError(f"cannot read input {source}: {error}") from error
-    if not len(table):
-        raise RunError(
-            f"no images in {source}: {ignored} files there, none ending in "
-            + ", ".join(IMAGE_SUFFIXES + _CONTAINERS)
-        )
-    table = table.slice(0, limit)
-    ids = pa.array(np.arange(len(table), dtype=np.int64))
-    return Manifest(table.add_column(0, MANIFEST.field("image_id"), ids), ignored)
+    ids = pa.array(np.arange(len(images), dtype=np.int64))
+    table = images.add_column(0, MANIFEST.field("image_id"), ids).select(MANIFEST.names)
+    names = images["name"]
+    named = names.null_count < len(names)
+    return Manifest(table.cast(MANIFEST), ignored, names if named else None)
 
 
-def _from_folder(filesystem: fs.FileSystem, path: str, source: str) -> tuple[pa.Table, int]:
-    scheme = source.partition("://")[0] + "://" if "://" in source else ""
-    infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    files = sorted((i for i in infos if i.type == fs.FileType.File), key=lambda info: info.path)
-    images = [info for info in files if info.path.lower().endswith(IMAGE_SUFFIXES)]
-    if images:
-        uris = [scheme + info.path for info in images]
-        return _table(uris, sizes=[info.size for info in images]), len(files) - len(images)
-    containers = [scheme + i.path for i in files if i.path.lower().endswith(_CONTAINERS)]
-    inside = (member for container in containers for member in members(container))
-    return _from_members(inside), len(files) - len(containers)
+def resolve_labels(manifest: Manifest, categories: Mapping[str, Sequence[str] | None]) -> Manifest:
+    """Turn labels that are names into the numbers of the networks' classes.
 
+    Args:
+        manifest: of an input.
+        categories: of each network by its name, the names of its classes; None if it has none.
 
-def _from_file(filesystem: fs.FileSystem, path: str, source: str) -> pa.Table:
-    suffix = path.rsplit(".", 1)[-1].lower()
-    if suffix == "tar":
-        return _from_members(members(_absolute(source)))
-    if suffix not in ("csv", "parquet"):
-        raise RunError(f"{source} is neither a folder nor a .csv, .parquet or .tar file")
-    with filesystem.open_input_file(path) as file:
-        if suffix == "parquet":
-            if "uri" not in pyarrow.parquet.read_schema(file).names:
-                return _from_members(members(_absolute(source)))
-            given = pyarrow.parquet.read_table(file)
-        else:
-            options = pyarrow.csv.ConvertOptions(column_types={"uri": pa.string()})
-            parsing = pyarrow.csv.ParseOptions(newlines_in_values=True)
-            given = pyarrow.csv.read_csv(file, convert_options=options, parse_options=parsing)
-    if "uri" not in given.column_names:
-        raise RunError(
-            f"manifest {source} has no column 'uri'; it has {', '.join(given.column_names)}"
-        )
-    uris = given["uri"].cast(pa.string())
-    missing = pc.or_kleene(pc.is_null(uris), pc.equal(uris, ""))
-    _refuse(given, pc.fill_null(missing, True), f"manifest {source} has rows without a uri")
-    folder = _absolute(source).rpartition("/")[0]
-    relative = pc.invert(pc.match_substring_regex(uris, r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"))
-    if pc.any(relative).as_py():
-        uris = pc.if_else(relative, pc.binary_join_element_wise(folder, uris, "/"), uris)
-    return _table(uris, labels=_labels(given, source))
-
-
-def _from_members(inside: Iterable[Member]) -> pa.Table:
-    found = list(inside)
-    return _table(
-        [member.uri for member in found],
-        labels=pa.array([member.label for member in found], pa.int32()),
-        sizes=[member.size for member in found],
-        offsets=[member.offset for member in found],
-    )
-
-
-def _table(
-    uris: pa.ChunkedArray | list[str],
-    labels: pa.ChunkedArray | pa.Array | None = None,
-    sizes: list[int | None] | None = None,
-    offsets: list[int] | None = None,
-) -> pa.Table:
-    count = len(uris)
-    columns = {
-        "uri": uris,
-        "label": pa.nulls(count, pa.int32()) if labels is None else labels,
-        "size": pa.nulls(count, pa.int64()) if sizes is None else sizes,
-        "offset": pa.nulls(count, pa.int64()) if offsets is None else offsets,
-    }
-    return pa.table(columns, schema=MANIFEST.remove(0))
-
-
-def _labels(given: pa.Table, source: str) -> pa.ChunkedArray | None:
-    if "label" not in given.column_names:
-        return None
-    labels = given["label"]
-    try:
-        labels = labels.cast(pa.int64())
-    except pa.ArrowInvalid as error:
-        raise RunError(
-            f"manifest {source}: labels are class numbers, not {labels.type} ({error})"
-        ) from error
-    outside = pc.or_(pc.less(labels, 0), pc.greater(labels, 2**31 - 1))
-    _refuse(given, pc.fill_null(outside, False), f"manifest {source} has labels below 0 or beyond")
-    return labels.cast(pa.int32())
+    Raises:
+        RunError: a network has no such class, or the networks number them differently.
+    """
+    if manifest.names is None:
+        return manifest
+    names = manifest.names.unique().drop_null().to_pylist()
+    found = {network: class_ids(names, known, network) for network, known in categories.items()}
+    (first, numbers), *others = found.items()
+    for network, theirs in others:
+        if theirs != numbers:
+            raise RunError(
+                f"labels are names, and {first} and {network} number their classes differently: "
+                "explain them in runs of their own"
+            )
+    classes = pa.array([numbers[name] for name in names], pa.int32())
+    resolved = classes.take(pc.index_in(manifest.names, pa.array(names)).combine_chunks())
+    table = manifest.table
+    place = table.schema.get_field_index("label")
+    labels = pc.coalesce(table["label"], resolved)
+    return manifest._replace(table=table.set_column(place, "label", labels), names=None)
 
 
 def refuse_unknown_labels(table: pa.Table, num_classes: int, network: str) -> None:
     """Raise RunError if a label is not a class of the network, with the first such rows."""
     outside = pc.fill_null(pc.greater_equal(table["label"], num_classes), False)
-    _refuse(table, outside, f"{network} has {num_classes} classes, but there are labels beyond")
+    refuse_rows(table, outside, f"{network} has {num_classes} classes, but there are labels beyond")
 
 
-def _refuse(table: pa.Table, wrong: pa.Array, message: str) -> None:
-    rows = table.filter(wrong)
-    if len(rows):
-        first = "; ".join(str(row) for row in rows.slice(0, 3).to_pylist())
-        raise RunError(f"{message}: {len(rows)} rows, the first {first}")
+def new_files(source: str, manifest: pa.Table) -> int:
+    """How many files of a folder or prefix hold images and are not in a manifest of it.
+
+    Raises:
+        RunError: the folder cannot be listed.
+    """
+    try:
+        listing = _listing(source)
+        if listing is None:
+            return 0
+        known = pc.unique(
+            pc.replace_substring_regex(manifest["uri"], f"(?i)({_CONTAINER})::.*", r"\1")
+        )
+        files = [file for file in listing.files if _kind(file) != "other"]
+        is_known = pc.is_in(pa.array([file.uri for file in files], pa.string()), known).to_pylist()
+        new = [file for file, is_old in zip(files, is_known, strict=True) if not is_old]
+        containers = [file.uri for file in new if _kind(file) == "container"]
+        first = list(read_ahead(partial(list_container, limit=1), containers))
+    except (OSError, ValueError) as error:
+        raise RunError(f"cannot list input {source}: {error}") from error
+    empty = sum(contents is None or not len(contents.images) for contents in first)
+    return len(new) - empty
+
+
+def absolute_uris(uris: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
+    """The uris in a table, relative ones being relative to the table's folder.
+
+    Raises:
+        RunError: some are missing.
+    """
+    uris = uris.cast(pa.string())
+    missing = pc.fill_null(pc.equal(uris, ""), True)
+    refuse_rows(pa.table({"uri": uris}), missing, f"{source} has rows without a uri")
+    relative = pc.invert(pc.match_substring_regex(uris, r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"))
+    if not pc.any(relative).as_py():
+        return uris
+    folder = _absolute(source).rpartition("/")[0]
+    joined = pc.binary_join_element_wise(folder, uris, "/")
+    if "://" in folder:  # a disk follows ./ and ../ by itself, in a store they would be names
+        joined = pa.array([_resolved(uri) for uri in joined.to_pylist()])
+    return pc.if_else(relative, joined, uris)
+
+
+def _listing(source: str) -> Listing | None:
+    """What lies below a folder or prefix; None of a file."""
+    filesystem, path = locate(source)
+    found = filesystem.get_file_info(path.rstrip("/"))
+    if found.type == fs.FileType.NotFound:
+        raise RunError(f"no such input: {source}")
+    if found.type == fs.FileType.Directory:
+        return list_files(source)
+    if found.size == 0 and not isinstance(filesystem, fs.LocalFileSystem):
+        with suppress(FileNotFoundError):  # as a rule; but an object may be named as a prefix is
+            return list_files(source)
+    return None
+
+
+def _kind(file: File) -> str:
+    name = file.uri.lower()
+    if name.endswith(IMAGE_SUFFIXES) or (file.size is None and name.endswith(CONTAINERS)):
+        return "image"  # a container whose link leads nowhere ends as missing, as an image does
+    return "container" if name.endswith(CONTAINERS) else "other"
+
+
+def _from_folder(
+    listing: Listing, listed: Callable[[str], Contents | None], limit: int | None
+) -> tuple[pa.Table, Counter[str]]:
+    """Images and the members of containers, in the order of the files."""
+    ignored = Counter(suffix_of(file.uri) for file in listing.files if _kind(file) == "other")
+    ignored += Counter({UNDECODABLE: listing.undecodable})
+    others: dict[str, str] = {}
+    parts, count = [IMAGES.empty_table()], 0
+    few = limit is not None and limit <= _FEW_IMAGES
+    for contents in _contents(listing, listed, few):
+        parts.append(contents.images)
+        ignored += contents.left_out
+        others |= dict.fromkeys(contents.other_columns, "")
+        count += len(contents.images)
+        if limit is not None and count >= limit:
+            break
+    _say_columns(others)
+    images = pa.concat_tables(parts)
+    _say_unreadable(images)
+    return images, ignored
+
+
+def _contents(
+    listing: Listing, listed: Callable[[str], Contents | None], few: bool
+) -> Iterator[Contents]:
+    """Of each run of images and of each container; of few images no container ahead of use."""
+    files = [file for file in listing.files if _kind(file) != "other"]
+    containers = [file.uri for file in files if _kind(file) == "container"]
+    opened = map(listed, containers) if few else read_ahead(listed, containers)
+    for kind, run in groupby(files, key=_kind):
+        if kind == "image":
+            yield Contents(_plain_images(list(run)), Counter())
+            continue
+        for file, contents in zip(run, opened, strict=False):
+            yield contents or Contents(IMAGES.empty_table(), Counter([suffix_of(file.uri)]))
+
+
+def _plain_images(files: Sequence[File]) -> pa.Table:
+    uris, sizes = zip(*files, strict=True)
+    nulls = [pa.nulls(len(uris), kind) for kind in IMAGES.types[2:]]
+    return pa.table([pa.array(uris), pa.array(sizes, pa.int64()), *nulls], schema=IMAGES)
+
+
+def _from_file(
+    source: str, listed: Callable[[str], Contents | None], label_column: str | None
+) -> pa.Table:
+    name = source.lower()
+    if not name.endswith(SHEETS + CONTAINERS):
+        raise RunError(
+            f"{source} is neither a folder nor a file ending in {', '.join(SHEETS + CONTAINERS)}"
+        )
+    if name.endswith(SHEETS):
+        sheet = read_sheet(source, ["uri", label_column or "label"])
+        if "uri" in sheet.names or not name.endswith(CONTAINERS):
+            return _from_sheet(source, sheet, label_column)
+    contents = listed(_absolute(source))
+    if contents is None:
+        raise RunError(
+            f"{source} has neither a column 'uri' nor one of image bytes; it has "
+            + ", ".join(sheet.names)
+        )
+    _say_columns(contents.other_columns)
+    _say_unreadable(contents.images)
+    return contents.images
+
+
+def _from_sheet(source: str, sheet: Sheet, label_column: str | None) -> pa.Table:
+    for name in ("uri", label_column):
+        if name is not None and name not in sheet.names:
+            raise RunError(
+                f"manifest {source} has no column {name!r}; it has {', '.join(sheet.names)}"
+            )
+    uris = absolute_uris(sheet.table["uri"], source)
+    numbers, names = pa.nulls(len(uris), pa.int32()), pa.nulls(len(uris), pa.string())
+    if (label_column or "label") in sheet.names:
+        numbers, names = parse_labels(sheet.table[label_column or "label"], source)
+    else:
+        _say_columns([name for name in sheet.names if "label" in name.lower()])
+    nulls = pa.nulls(len(uris), pa.int64())
+    return pa.table([uris, nulls, nulls, numbers, names], schema=IMAGES)
+
+
+def _say_columns(names: Iterable[str]) -> None:
+    if found := ", ".join(names):
+        logger.warning("no column 'label', so no labels; --label-column may name one of: %s", found)
+
+
+def _say_unreadable(images: pa.Table) -> None:
+    """Refuse an input of which nothing can be read; tell of containers that cannot be, to the end.
+
+    The latter are rows, too, so that they end as rows of the errors table.
+    """
+    wrong = images.filter(pc.match_substring_regex(images["uri"], f"(?i)({_CONTAINER})$"))["uri"]
+    if 0 < len(wrong) == len(images):
+        read_image(wrong[0].as_py())
+    if len(wrong):
+        told = ", ".join(wrong.slice(0, 3).to_pylist())
+        logger.warning(
+            "%d containers cannot be read to their end, each a row of errors: %s", len(wrong), told
+        )
+
+
+def _told(ignored: Mapping[str, int]) -> str:
+    total = sum(ignored.values())
+    if not total:
+        return ""
+    most = sorted(ignored.items(), key=lambda one: (-one[1], one[0]))
+    words = [f"{count:,} {suffix}" for suffix, count in most[:_TOLD_SUFFIXES]]
+    rest = sum(count for _, count in most[_TOLD_SUFFIXES:])
+    words += [f"{rest:,} others"] if rest else []
+    return f"{total:,} file{'s' * (total > 1)} left out: {', '.join(words)}"
+
+
+def _resolved(uri: str) -> str:
+    scheme, separator, path = uri.partition("://")
+    dotted = not {".", ".."}.isdisjoint(path.split("/"))
+    return scheme + separator + posixpath.normpath(path) if dotted else uri
 
 
 def _absolute(source: str) -> str:
-    return source if "://" in source else locate(source)[1]
+    return uri_of(source, locate(source)[1])

@@ -1,1 +1,19 @@
-"""The jobs, one file each, every one reads as the way of the data."""
+"""The jobs, one file each; every one reads from top to bottom as the way of the data.
+
+Each is the command `scacam NAME …`, the script `python jobs/NAME.py …` of a checkout, and the
+function `scacam.jobs.NAME.run(…)` with the same options as keywords. To add a job: a module with
+`add_arguments` and `run`, and its line here.
+"""
+
+__all__ = ["JOBS"]
+
+JOBS = {
+    "explain": "Explain a collection of images: class activation maps of every network and method.",
+    "evaluate": "Evaluate how well the heatmaps of a run localize, against true boxes or masks.",
+    "report": "Look through a run and write its report: one HTML file that opens anywhere.",
+    "compare": "Compare two runs of the same images: which predictions changed, whose maps moved.",
+    "pictures": "Draw each photo of a run with its top classes and its heatmaps: one PNG each.",
+    "caw": "Relate the class activation weights, class weight and averaged gradient, of networks.",
+    "manifest": "Make a manifest, and the table of true boxes, of a data set by its layout.",
+}
+"""What each job does, in the order of a first use."""

@@ -1,99 +1,133 @@
 """Relate the two class activation weights, class weight and averaged gradient, over a data set.
 
-    python jobs/caw.py --input photos/ --output out/ --networks resnet18 squeezenet1_1 densenet161
+    scacam caw --input photos/ --output out/ --networks resnet18 squeezenet1_1 densenet161
 
 Takes each image for the class that a network says it is. Writes OUT/metrics/caw.parquet, one row
 per network and class, and says where the relation is linear. OUT may be the output of a run.
 """
 
 import argparse
-import logging
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet
 import ray
 import ray.data
 
 from scacam.audit.caw import Weights, verdict
-from scacam.errors import RunError, ScacamError
 from scacam.inputs.manifest import read_manifest
-from scacam.jobs.options import add_network_options, load_networks, seconds_per_image
-from scacam.pipeline.cluster import TASK_CPUS, allot, rows_per_shard, start_ray
+from scacam.jobs.options import (
+    add_input_options,
+    add_network_options,
+    load_networks,
+    refuse_below_one,
+    seconds_per_image,
+)
+from scacam.pipeline.cluster import TASK_CPUS, allot, await_nodes, rows_per_shard, start_ray
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
-from scacam.pipeline.rows import sampling_of, tensors
+from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
+from scacam.pipeline.share import share
 from scacam.runs.lock import locked
-from scacam.storage import join, locate
+from scacam.storage import join
+from scacam.storage.parquet import write_table
 
 if TYPE_CHECKING:
     from scacam.networks import Network
 
-logger = logging.getLogger("scacam")
 
-
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--input", required=True, help="images or a manifest, as for jobs/explain")
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the job, whose defaults are those of `run`."""
+    add_input_options(parser)
     parser.add_argument("--output", required=True, help="folder or s3:// prefix for the results")
     add_network_options(parser)
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
-    parser.add_argument("--limit", type=int, metavar="N", help="look only at the first N images")
-    return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when it completed, 1 when every image failed, 2 when it could not run."""
-    options = parse(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    try:
-        return run(options)
-    except ScacamError as error:
-        print(f"caw: {error}", file=sys.stderr)
-        return 2
+@dataclass(frozen=True)
+class Result:
+    """What was found.
+
+    Attributes:
+        path: the table.
+        weights: of each network.
+        images: how many there are.
+        errors: how many failed, by kind.
+    """
+
+    path: str
+    weights: Sequence[Weights]
+    images: int
+    errors: Counter[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether any image was looked at."""
+        return any(of_network.images for of_network in self.weights)
+
+    def __str__(self) -> str:
+        lines = []
+        for of_network in self.weights:
+            lines.append(f"{of_network.network}: {verdict(of_network.head, of_network.cells)}")
+            found = {name: v for name, v in of_network.summary().items() if v is not None}
+            if "ratio" in found:
+                lines.append(
+                    f"  measured on {of_network.images:,} images: w / α = {found['ratio']:.5g}, "
+                    f"spread over channels {found['ratio_spread_channels']:.2g}, over images "
+                    f"{found['ratio_spread_images']:.2g}; correlation {found['correlation']:.4f}"
+                )
+        lines += [
+            f"{count:,} of {self.images:,} images failed: {kind}"
+            for kind, count in self.errors.items()
+        ]
+        return "\n".join([*lines, f"results: {self.path}"])
 
 
-def run(options: argparse.Namespace) -> int:
-    """From the options to the table."""
-    for name in ("batch_size", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
-    manifest = read_manifest(options.input, options.limit).table
-    networks = load_networks(options)
-    path = join(options.output, "metrics/caw.parquet")
-    filesystem, inner_path = locate(path)
-    try:
-        filesystem.create_dir(inner_path.rpartition("/")[0], recursive=True)
-    except OSError as error:
-        raise RunError(f"cannot write to {options.output}: {error}") from error
-    with locked(options.output):
+def run(
+    *,
+    input: str,
+    output: str,
+    networks: Sequence[str],
+    target_layer: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
+    batch_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    limit: int | None = None,
+) -> Result:
+    """Relate the weights of networks over images; the options are those of `scacam caw`.
+
+    Raises:
+        ScacamError: the job cannot run as asked.
+        OSError: the results cannot be written.
+    """
+    refuse_below_one(batch_size=batch_size, limit=limit)
+    manifest = read_manifest(input, limit, image_column, label_column).table
+    loaded = load_networks(networks, target_layer, categories, output_kind)
+    path = join(output, "metrics/caw.parquet")
+    with locked(output):
         start_ray()
-        weights, errors = weigh(options, manifest, networks)
+        weights, errors = weigh(manifest, loaded, batch_size)
         tables = [of_network.table() for of_network in weights]
-        with filesystem.open_output_stream(inner_path) as file:
-            pyarrow.parquet.write_table(pa.concat_tables(tables), file, compression="zstd")
-    print(summary(weights, errors, len(manifest), path))
-    return 0 if any(of_network.images for of_network in weights) else 1
+        write_table(path, pa.concat_tables(tables))
+    return Result(path, weights, len(manifest), errors)
 
 
 def weigh(
-    options: argparse.Namespace, manifest: pa.Table, networks: Sequence["Network"]
+    manifest: pa.Table, networks: Sequence["Network"], batch_size: int | None
 ) -> tuple[list[Weights], Counter[str]]:
     """Stream the images through the networks; returns their weights and the errors by kind."""
-    allotments = allot([seconds_per_image(network) for network in networks])
+    costs = [seconds_per_image(network) for network in networks]
+    allotments = allot(costs, await_nodes(None))
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()
-    rows = rows_per_shard(len(manifest), max(allotment.actors for allotment in allotments))
+    rows = rows_per_shard(len(manifest), bytes_per_image(samplings), costs, allotments)
     stream = ray.data.from_arrow(manifest).repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(
         Decode(samplings, "center_crop", tally),
@@ -105,9 +139,9 @@ def weigh(
         stream = stream.map_batches(
             Observe,
             fn_constructor_kwargs={
-                "load": partial(ray.get, ray.put(network)),
+                "load": share(network),
                 "sampling": samplings.index(sampling_of(network.preprocessing)),
-                "batch_size": options.batch_size,
+                "batch_size": batch_size,
                 "is_last": index == len(networks) - 1,
                 "tally": tally,
             },
@@ -203,23 +237,3 @@ class Observe:
         seen = observe(self.network, images, top_k=1)
         alpha = averaged(seen.gradients)[:, 0]
         return seen.class_ids[:, 0].cpu().numpy(), alpha.float().cpu().numpy()
-
-
-def summary(weights: Sequence[Weights], errors: Counter[str], images: int, path: str) -> str:
-    """The last words of the job."""
-    lines = []
-    for of_network in weights:
-        lines.append(f"{of_network.network}: {verdict(of_network.head, of_network.cells)}")
-        found = {name: v for name, v in of_network.summary().items() if v is not None}
-        if "ratio" in found:
-            lines.append(
-                f"  measured on {of_network.images:,} images: w / α = {found['ratio']:.5g}, spread "
-                f"over channels {found['ratio_spread_channels']:.2g}, over images "
-                f"{found['ratio_spread_images']:.2g}; correlation {found['correlation']:.4f}"
-            )
-    lines += [f"{count:,} of {images:,} images failed: {kind}" for kind, count in errors.items()]
-    return "\n".join([*lines, f"results: {path}"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())

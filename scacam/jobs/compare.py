@@ -1,28 +1,27 @@
 """Compare two runs of the same images: which predictions changed, and whose attention moved.
 
-    python jobs/compare.py --runs before/ after/        # after/metrics/comparison.parquet
+    scacam compare --runs before/ after/        # after/metrics/comparison.parquet
                                                         # after/comparison.html
 
 Reads the runs' Parquet and a few of their photos; needs neither the networks nor Ray.
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 import pyarrow as pa
-import pyarrow.parquet
 
 from scacam.audit.compare import COMPARISON, compare_runs
-from scacam.errors import ScacamError
 from scacam.report.comparison import Summary
 from scacam.runs.results import open_run
-from scacam.storage import join, locate
+from scacam.storage import join, write_bytes
+from scacam.storage.parquet import write_tables
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the job."""
     parser.add_argument(
         "--runs",
         required=True,
@@ -30,41 +29,41 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         metavar=("A", "B"),
         help="the outputs of two explain jobs; what is found is written below B",
     )
-    return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when it completed."""
-    options = parse(arguments)
-    try:
-        compare(*options.runs)
-    except (ScacamError, pa.ArrowException, OSError) as error:
-        print(f"compare: {error}", file=sys.stderr)
-        return 2
-    print(f"page:  {join(options.runs[1], 'comparison.html')}")
-    print(f"table: {join(options.runs[1], 'metrics/comparison.parquet')}")
-    return 0
+@dataclass(frozen=True)
+class Result:
+    """Where the page and the table are."""
+
+    page: str
+    table: str
+    ok: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return f"page:  {self.page}\ntable: {self.table}"
 
 
-def compare(first_path: str, second_path: str) -> None:
-    """Write the table and the page."""
+def run(*, runs: Sequence[str]) -> Result:
+    """Compare two runs; writes the table and the page below the second one.
+
+    Raises:
+        RunError: there is no such run, or the two have no network, method or image in common.
+        OSError: the results cannot be written.
+    """
+    first_path, second_path = runs
     first, second = open_run(first_path), open_run(second_path)
     tables = compare_runs(first, second)
-    filesystem, path = locate(second_path)
-    filesystem.create_dir(join(path, "metrics"), recursive=True)
     summary = Summary(first, second)
-    with pyarrow.parquet.ParquetWriter(
-        join(path, "metrics/comparison.parquet"),
-        COMPARISON.with_metadata({"run_a": first_path, "run_b": second_path}),
-        filesystem=filesystem,
-        compression="zstd",
-    ) as writer:
+
+    def summarised() -> Iterator[pa.Table]:
         for table in tables:
-            writer.write_table(table)
             summary.add(table)
-    with filesystem.open_output_stream(join(path, "comparison.html")) as file:
-        file.write(summary.page().encode())
+            yield table
 
-
-if __name__ == "__main__":
-    sys.exit(main())
+    schema = COMPARISON.with_metadata({"run_a": first_path, "run_b": second_path})
+    result = Result(
+        join(second_path, "comparison.html"), join(second_path, "metrics/comparison.parquet")
+    )
+    write_tables(result.table, summarised(), schema)
+    write_bytes(result.page, summary.page().encode())
+    return result

@@ -1,73 +1,56 @@
 """Evaluate how well the heatmaps of a run localize, against true boxes or masks.
 
-    python jobs/evaluate.py --run out/ --boxes boxes.csv
+    scacam evaluate --run out/ --boxes boxes.csv
 
 Looks at the stored heatmaps alone: needs no network and no images. Writes OUT/metrics.
 """
 
 import argparse
 import logging
-import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet
 import ray
-import ray.data
-import ray.exceptions
 from pyarrow import fs
 
-from scacam.errors import RunError, ScacamError
-from scacam.evaluation.intervals import BoxTotals, MaskTotals, Row, curves, dealt, summarise
-from scacam.evaluation.measures import BASELINES, POINTING_TOLERANCE
-from scacam.evaluation.shards import (
-    MeasureBoxes,
-    MeasureMasks,
-    ScoreImages,
-    unpack_histograms,
-    unpack_hits,
+from scacam.errors import RunError
+from scacam.evaluation.intervals import (
+    Row,
+    best_levels,
+    compared,
+    curves,
+    dealt,
+    summarise,
 )
-from scacam.evaluation.sweep import RIGHT_IOU
-from scacam.evaluation.truth import BoxTruth, MaskTruth, read_boxes, read_masks
-from scacam.pipeline.cluster import root_cause, start_ray
+from scacam.evaluation.measures import BASELINES
+from scacam.evaluation.metrics import TOP1, State, names_of, titles
+from scacam.evaluation.shards import CountHits, MeasureMasks, Part, ScoreImages
+from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION
+from scacam.evaluation.truth import MaskFiles, TrueBoxes, read_boxes, read_masks
+from scacam.pipeline.cluster import start_ray
 from scacam.runs.lock import locked
 from scacam.runs.proof import shards_of
 from scacam.runs.results import Run, open_run
 from scacam.storage import join, locate
-from scacam.tables import CURVES, DIFFERENCES, LOCALIZATION, TRUE_BOXES
+from scacam.storage.parquet import read_columns, write_table
 
 logger = logging.getLogger("scacam")
 
 _PROGRESS_S = 15.0
-_TABLES = {
-    "localization": LOCALIZATION,
-    "differences": DIFFERENCES,
-    "localization_curves": CURVES,
-    "localization_boxes": TRUE_BOXES,
-}
+_AHEAD = 2
+_TABLES = {"localization": LOCALIZATION, "differences": DIFFERENCES, "localization_curves": CURVES}
+_BOXES = "metrics/localization_boxes.parquet"
 _IMAGES = "metrics/localization_images"
-_SHOWN = {
-    "max_box_acc": "MaxBoxAcc",
-    "max_box_acc_v2": "MaxBoxAccV2",
-    "top1_max_box_acc_v2": "top-1 V2",
-    "box_acc_20": "box at 20 %",
-    "pointing_game": "pointing",
-    "energy_pointing_game": "energy",
-    "pxap": "PxAP",
-}
-_HEADLINES = ("max_box_acc_v2", "top1_max_box_acc_v2", "pxap")
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the job."""
     parser.add_argument("--run", required=True, metavar="OUT", help="the output of an explain job")
     truth = parser.add_mutually_exclusive_group(required=True)
     truth.add_argument(
@@ -76,232 +59,254 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     truth.add_argument(
         "--masks", metavar="FOLDER", help="a PNG per image: 0 outside, 1 inside, 255 ignored"
     )
-    return parser.parse_args(arguments)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when the metrics are written."""
-    options = parse(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    try:
-        return evaluate(options)
-    except ScacamError as error:
-        print(f"evaluate: {error}", file=sys.stderr)
-        return 2
-    except ray.exceptions.RayError as error:  # a shard that is broken, say
-        print(f"evaluate: stopped: {root_cause(error)}", file=sys.stderr)
-        return 2
-
-
-def evaluate(options: argparse.Namespace) -> int:
-    """From the options to the metrics."""
-    run = open_run(options.run)
-    if run.config.get("status") != "complete":
-        raise RunError(f"the run in {options.run} is not complete; complete it first")
-    truth: BoxTruth | MaskTruth
-    if options.boxes:
-        truth = read_boxes(options.boxes, run.manifest)
-    else:
-        truth = read_masks(options.masks, run.manifest)
-    if not truth.wanted.any():
-        raise RunError(f"no image of {options.run} can be evaluated: {listed(truth.left_out)}")
-    with locked(options.run):
-        start_ray()
-        forget(options.run)
-        tables = Tables([f"left out: {listed(truth.left_out)}"])
-        if isinstance(truth, BoxTruth):
-            tables.localization_boxes = list(truth.rows())
-        for network in run.networks:
-            logger.info("evaluating %s", network)
-            if isinstance(truth, BoxTruth):
-                evaluate_boxes(run, network, truth, tables)
-            else:
-                evaluate_masks(run, network, truth, tables)
-        tables.write(options.run)
-    print(summary(tables, options.run))
-    return 0
 
 
 @dataclass
-class Tables:
-    """The rows of the metrics' tables as they come, and remarks on what they rest on."""
+class Result:
+    """The metrics of a run; as text, what they rest on and how the methods compare.
 
-    remarks: list[str]
-    localization: list[Row] = field(default_factory=list)
-    differences: list[Row] = field(default_factory=list)
-    localization_curves: list[Row] = field(default_factory=list)
-    localization_boxes: list[Row] = field(default_factory=list)
+    Attributes:
+        path: the folder of the tables.
+        images: how many images were evaluated, by network.
+        remarks: what the metrics rest on, and what was left out.
+        rows: of the tables, by their names.
+    """
 
-    def add(
-        self, network: str, totals: Mapping[str, BoxTotals] | Mapping[str, MaskTotals], known: bool
-    ) -> None:
-        """Add the metrics of a network."""
-        rows, pairs = summarise(totals, known)
-        self.localization += [{"network": network, **row} for row in rows]
-        self.differences += [{"network": network, **row} for row in pairs]
+    path: str
+    images: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
+    rows: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in _TABLES})
+    ok: ClassVar[bool] = True
 
-    def write(self, output: str) -> None:
-        """Write the tables that have rows into `OUTPUT/metrics`."""
-        for name, schema in _TABLES.items():
-            rows = getattr(self, name)
-            if rows:
-                filesystem, path = locate(join(output, f"metrics/{name}.parquet"))
-                filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-                with filesystem.open_output_stream(path) as file:
-                    pyarrow.parquet.write_table(pa.Table.from_pylist(rows, schema), file)
+    def add(self, network: str, table: str, rows: Iterable[Row]) -> None:
+        """Add rows of a network to a table."""
+        self.rows[table] += [{"network": network, **row} for row in rows]
+
+    def __str__(self) -> str:
+        lines = [*self.remarks]
+        for network in self.images:
+            lines += self._of_network(network)
+        return "\n".join([*lines, "", f"tables: {self.path}"])
+
+    def _of_network(self, network: str) -> Iterator[str]:
+        """The metrics of all methods, and the best one against each other."""
+        rows, pairs = (
+            [row for row in self.rows[table] if row["network"] == network]
+            for table in ("localization", "differences")
+        )
+        cells = {(row["method"], row["metric"]): row for row in rows}
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        width = max(map(len, methods))
+        shown = titles({row["metric"] for row in rows}, twins=False)
+        yield f"\n{network}, in %, with 95 % intervals"
+        yield " " * width + "".join(f"  {title:>19}" for title in shown.values())
+        for method in methods:
+            found = [cells[method, name] for name in shown]
+            told = (percent(row["value"], row["ci_low"], row["ci_high"]) for row in found)
+            yield f"{method:<{width}}" + "".join(f"  {words:>19}" for words in told)
+        comparison = compared(rows, pairs)
+        if comparison is None:
+            return
+        yield f"\n{shown[comparison.metric]} of {comparison.best} minus that of"
+        for other in comparison.others:
+            verdict = "within noise" if other.noise else "more than noise"
+            difference = percent(other.value, other.low, other.high, "+.1f")
+            yield f"{other.method:<{width}}  {difference:>19}  {verdict}"
 
 
-def evaluate_boxes(run: Run, network: str, truth: BoxTruth, tables: Tables) -> None:
-    """One network against boxes: the metrics first, then the table of images."""
-    totals = {name: BoxTotals() for name in claimants(run, network)}
-    groups = dealt(len(truth.wanted))
-    seen: Counter[str] = Counter()
-    for table in measured(run, network, truth, MeasureBoxes):
-        one_each = table.filter(pc.equal(table["method"], BASELINES[0]))
-        seen["images"] += len(one_each)
-        seen["blind"] += pc.sum(pc.equal(one_each["inside"], 0)).as_py()
-        seen["outside"] += pc.sum(one_each["outside"]).as_py()
-        seen["unmapped"] += pc.sum(pc.invert(one_each["mapped"])).as_py()
-        counted = table.filter(pc.greater(table["inside"], 0))
-        for name, total in totals.items():
-            rows = counted.filter(pc.equal(counted["method"], name))
-            total.add(
-                groups[rows["image_id"].to_numpy()],
-                unpack_hits(rows["hits"]),
-                scores(rows),
-                rows["top1"].to_numpy(),
-            )
-    tables.remarks.append(
-        f"{network}: {seen['images'] - seen['blind']:,} images evaluated; left out: "
+def percent(value: float, low: float, high: float, form: str = ".1f") -> str:
+    """A value and its interval."""
+    return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
+
+
+def run(*, run: str, boxes: str | None = None, masks: str | None = None) -> Result:
+    """Evaluate a run against boxes, or against masks.
+
+    Args:
+        run: the output of an explain job.
+        boxes: a table of true boxes, see `evaluation.truth.read_boxes`.
+        masks: a folder of masks, see `evaluation.truth.read_masks`.
+
+    Raises:
+        RunError: the run is not there or not complete, the truth cannot be read, or no image can
+            be evaluated.
+    """
+    if (boxes is None) == (masks is None):
+        raise RunError("evaluate against boxes or against masks: name one of the two")
+    opened = open_run(run)
+    if opened.config.get("status") != "complete":
+        raise RunError(f"the run in {run} is not complete; complete it first")
+    path = join(run, "manifest.parquet")
+    manifest = read_columns(*locate(path), ["image_id", "uri", "label"])
+    groups = dealt(len(manifest))
+    truth: TrueBoxes | MaskFiles
+    if boxes is not None:
+        truth, left_out = read_boxes(boxes, manifest)
+    else:
+        truth, left_out = read_masks(str(masks), manifest)
+    del manifest
+    images = len(np.unique(truth.image_ids))
+    if not images:
+        raise RunError(f"no image of {run} can be evaluated: {listed(left_out)}")
+    result = Result(join(run, "metrics"), remarks=[f"left out: {listed(left_out)}"])
+    with locked(run):
+        start_ray()
+        forget(run)
+        work = Work(opened, images, len(groups), ray.put((truth, groups)))
+        for network in opened.networks:
+            logger.info("evaluating %s", network)
+            if isinstance(truth, TrueBoxes):
+                evaluate_boxes(work, network, result)
+            else:
+                evaluate_masks(work, network, result)
+        write(run, result, truth)
+    return result
+
+
+class Work(NamedTuple):
+    """What is to be done for every network.
+
+    Attributes:
+        run: whose shards are measured.
+        images: how many of its images have a truth.
+        groups: how many groups they are dealt to.
+        truth: the truth and the groups, where all tasks find them.
+    """
+
+    run: Run
+    images: int
+    groups: int
+    truth: ray.ObjectRef
+
+    def claimants(self, network: str) -> list[str]:
+        """The methods of a network, and the baselines."""
+        return [*self.run.networks[network]["methods"], *BASELINES]
+
+    def summed(
+        self, network: str, stage: Callable[..., Any], groups: int, **more: Any
+    ) -> tuple[Counter[str], State]:
+        """The sums over all shards of a network, made in tasks and only added here."""
+        described = self.run.networks[network]
+        measure = stage(
+            load=partial(ray.get, self.truth),
+            methods=described["methods"],
+            with_relu=[name for name, method in self.run.methods.items() if method["relu"]],
+            input_size=tuple(described["preprocessing"]["crop_size"]),
+            **more,
+        )
+        folder = f"explanations/network={network}"
+        shards = [
+            join(self.run.path, folder, info.base_name) for info in shards_of(self.run.path, folder)
+        ]
+        counts: Counter[str] = Counter()
+
+        def states() -> Iterator[State]:
+            shown = time.monotonic()
+            for part in in_tasks(measure, shards):
+                counts.update(part.counts)
+                if time.monotonic() - shown > _PROGRESS_S:
+                    shown, done = time.monotonic(), counts["images"]
+                    share = f"{done / self.images:.0%}"
+                    logger.info("%s: %d of %d images (%s)", network, done, self.images, share)
+                yield part.state
+
+        return counts, State.merge(states(), groups)
+
+
+def in_tasks(measure: Callable[[str], Part], shards: Sequence[str]) -> Iterator[Part]:
+    """What each shard comes to, in their order; no more are on the way than keep all CPUs busy."""
+    shared = ray.put(measure)
+    under_way: deque[ray.ObjectRef] = deque()
+    for shard in shards:
+        if len(under_way) >= _AHEAD * ray.cluster_resources().get("CPU", 1):
+            yield ray.get(under_way.popleft())
+        under_way.append(_measured.remote(shared, shard))
+    while under_way:
+        yield ray.get(under_way.popleft())
+
+
+@ray.remote
+def _measured(measure: Callable[[str], Part], shard: str) -> Part:
+    return measure(shard)
+
+
+def evaluate_boxes(work: Work, network: str, result: Result) -> None:
+    """One network against boxes: the best thresholds first, then the metrics at these."""
+    counts, state = work.summed(network, CountHits, 1)
+    images = int(state.images[0])
+    result.images[network] = images
+    result.remarks.append(
+        f"{network}: {images:,} images evaluated; left out: "
         + listed(
             {
-                "images that failed": int(truth.wanted.sum()) - seen["images"],
-                "images without an object inside the view": seen["blind"],
-                "objects outside of the view": seen["outside"],
+                "images that failed": work.images - counts["images"],
+                "images without an object inside the view": counts["blind"],
+                "objects outside of the view": counts["outside"],
             }
         )
     )
-    if seen["images"] == seen["blind"]:
-        raise RunError(f"there are no metrics over zero images: {tables.remarks[-1]}")
-    known = not seen["unmapped"]
+    if not images:
+        raise RunError(f"there are no metrics over zero images: {result.remarks[-1]}")
+    known = not counts["unmapped"]
     if not known:
-        tables.remarks.append(
-            f"{network}: {seen['unmapped']:,} images have no map of their labelled class, so there "
-            "are only top1_ metrics; run the explain job with --explain-label for the others"
+        result.remarks.append(
+            f"{network}: {counts['unmapped']:,} images have no map of their labelled class, so "
+            "there are only top1_ metrics; run the explain job with --explain-label for the others"
         )
-    tables.add(network, totals, known)
-    tables.localization_curves += [{"network": network, **row} for row in curves(totals, known)]
-    score_images(run, network, truth, totals, known)
+    hits, methods = state.sums["hits"][0], work.claimants(network)
+    levels = best_levels(hits)
+    folder = join(work.run.path, f"{_IMAGES}/network={network}")
+    _, state = work.summed(
+        network, ScoreImages, work.groups, levels=levels, known=known, folder=folder
+    )
+    names = [name for name in names_of("boxes") if known or name.startswith(TOP1)]
+    result.add(network, "localization_curves", curves(hits, images, methods, known))
+    rows, pairs = summarise(state, methods, names, levels)
+    result.add(network, "localization", rows)
+    result.add(network, "differences", pairs)
 
 
-def score_images(
-    run: Run, network: str, truth: BoxTruth, totals: Mapping[str, BoxTotals], known: bool
-) -> None:
-    """Write one row per image and method, now that the best thresholds are known."""
-    levels = {}
-    for name, total in totals.items():
-        best = total.best_levels(0 if known else 1)
-        levels[name] = (int(best[0]), int(best[2]))
-    filesystem, path = locate(join(run.path, f"{_IMAGES}/network={network}"))
-    filesystem.create_dir(path, recursive=True)
-    stream = stream_of(run, network, truth, ScoreImages, levels=levels)
-    stream.write_parquet(path, filesystem=filesystem, try_create_dir=False)
-
-
-def evaluate_masks(run: Run, network: str, truth: MaskTruth, tables: Tables) -> None:
+def evaluate_masks(work: Work, network: str, result: Result) -> None:
     """One network against masks."""
-    totals = {name: MaskTotals() for name in claimants(run, network)}
-    groups = dealt(len(truth.wanted))
-    seen: Counter[str] = Counter()
-    for table in measured(run, network, truth, MeasureMasks):
-        one_each = table.filter(pc.equal(table["method"], BASELINES[0]))
-        seen["images"] += len(one_each)
-        seen["unreadable"] += pc.sum(pc.invert(one_each["readable"])).as_py()
-        seen["unmapped"] += pc.sum(pc.invert(one_each["mapped"])).as_py()
-        counted = table.filter(pc.is_valid(table["histograms"]))
-        for name, total in totals.items():
-            rows = counted.filter(pc.equal(counted["method"], name))
-            total.add(groups[rows["image_id"].to_numpy()], unpack_histograms(rows["histograms"]))
-    if seen["unmapped"]:
+    counts, state = work.summed(network, MeasureMasks, work.groups)
+    if counts["unmapped"]:
         raise RunError(
-            f"{network}: {seen['unmapped']:,} images have no map of their labelled class; "
+            f"{network}: {counts['unmapped']:,} images have no map of their labelled class; "
             "run the explain job with --explain-label"
         )
-    tables.remarks.append(
-        f"{network}: {seen['images'] - seen['unreadable']:,} images evaluated; left out: "
+    result.images[network] = counts["images"] - counts["unreadable"]
+    result.remarks.append(
+        f"{network}: {result.images[network]:,} images evaluated; left out: "
         + listed(
             {
-                "images that failed": int(truth.wanted.sum()) - seen["images"],
-                "images whose mask is no gray PNG": seen["unreadable"],
+                "images that failed": work.images - counts["images"],
+                "images whose mask is no gray PNG": counts["unreadable"],
             }
         )
     )
-    if not any(total.histograms[:, 0].any() for total in totals.values()):
+    if not any(sums[:, :, 0].any() for sums in state.sums.values()):
         raise RunError(
             f"no mask has a pixel of value 1 in the view of {network}; masks are 0 outside, "
-            f"1 inside, 255 ignored. {tables.remarks[-1]}"
+            f"1 inside, 255 ignored. {result.remarks[-1]}"
         )
-    tables.add(network, totals, known=True)
+    rows, pairs = summarise(state, work.claimants(network), names_of("masks"))
+    result.add(network, "localization", rows)
+    result.add(network, "differences", pairs)
 
 
-def claimants(run: Run, network: str) -> list[str]:
-    """The methods of a network, and the baselines."""
-    return [*run.networks[network]["methods"], *BASELINES]
-
-
-def stream_of(
-    run: Run, network: str, truth: BoxTruth | MaskTruth, stage: Callable[..., Any], **more: Any
-) -> ray.data.Dataset:
-    """The shards of a network through a stage of `measure`, not started yet."""
-    folder = f"explanations/network={network}"
-    shards = [join(run.path, folder, info.base_name) for info in shards_of(run.path, folder)]
-    described = run.networks[network]
-    measure = stage(
-        load=partial(ray.get, ray.put(truth)),
-        methods=described["methods"],
-        with_relu=[name for name, method in run.methods.items() if method["relu"]],
-        input_size=tuple(described["preprocessing"]["crop_size"]),
-        **more,
-    )
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    items = ray.data.from_items(
-        [{"shard": shard} for shard in shards], override_num_blocks=len(shards)
-    )
-    return items.map_batches(measure, batch_size=1, batch_format="pyarrow")
-
-
-def measured(
-    run: Run, network: str, truth: BoxTruth | MaskTruth, stage: Callable[..., Any]
-) -> Iterator[pa.Table]:
-    """The measures of a network, a block at a time as they come; says now and then how far."""
-    stream = stream_of(run, network, truth, stage)
-    total, done, shown = int(truth.wanted.sum()), 0, time.monotonic()
-    for table in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
-        if not len(table):
-            continue
-        yield table
-        done += pc.count_distinct(table["image_id"]).as_py()
-        if time.monotonic() - shown > _PROGRESS_S:
-            shown = time.monotonic()
-            logger.info("%s: %d of %d images (%.0f %%)", network, done, total, 100 * done / total)
-
-
-def scores(rows: pa.Table) -> np.ndarray:
-    """The measures of `scacam.intervals.SCORES`: float `[rows, 5]`, 0 where there is none."""
-    iou_15, iou_20, energy = (
-        rows[name].fill_null(0.0).to_numpy() for name in ("iou_15", "iou_20", "energy")
-    )
-    distance = rows["peak_distance"].fill_null(np.inf).to_numpy()
-    right = (iou_15 >= RIGHT_IOU, iou_20 >= RIGHT_IOU)
-    pointed = (distance < POINTING_TOLERANCE, distance == 0)
-    return np.stack([*right, *pointed, energy], axis=1).astype(np.float64)
+def write(output: str, result: Result, truth: TrueBoxes | MaskFiles) -> None:
+    """Write the tables that have rows."""
+    for name, schema in _TABLES.items():
+        if result.rows[name]:
+            table = pa.Table.from_pylist(result.rows[name], schema)
+            write_table(join(result.path, f"{name}.parquet"), table)
+    if isinstance(truth, TrueBoxes):
+        write_table(join(output, _BOXES), truth.table())
 
 
 def forget(output: str) -> None:
     """Delete what an earlier evaluation wrote."""
-    for name in (_IMAGES, *(f"metrics/{table}.parquet" for table in _TABLES)):
+    for name in (_IMAGES, _BOXES, *(f"metrics/{table}.parquet" for table in _TABLES)):
         filesystem, path = locate(join(output, name))
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.Directory:
@@ -314,49 +319,3 @@ def listed(counts: Mapping[str, int]) -> str:
     """Counts in words, without those that are zero."""
     words = [f"{count:,} {what}" for what, count in counts.items() if count]
     return ", ".join(words) or "nothing"
-
-
-def summary(tables: Tables, output: str) -> str:
-    """The last words of the job: what the metrics rest on, and the metrics."""
-    lines = list(tables.remarks)
-    cells = {(row["network"], row["method"], row["metric"]): row for row in tables.localization}
-    metrics = [name for name in _SHOWN if any(key[2] == name for key in cells)]
-    for network in dict.fromkeys(key[0] for key in cells):
-        methods = list(dict.fromkeys(key[1] for key in cells if key[0] == network))
-        width = max(map(len, methods))
-        lines += ["", f"{network}, in %, with 95 % intervals"]
-        lines.append(" " * width + "".join(f"  {_SHOWN[name]:>19}" for name in metrics))
-        for method in methods:
-            row = "".join(f"  {percent(cells[network, method, name]):>19}" for name in metrics)
-            lines.append(f"{method:<{width}}{row}")
-        lines += compared(tables, network, width)
-    return "\n".join([*lines, "", f"tables: {join(output, 'metrics')}"])
-
-
-def percent(row: Row, value: str = "value", form: str = ".1f") -> str:
-    """A value and its interval."""
-    numbers = [f"{100 * row[name]:{form}}" for name in (value, "ci_low", "ci_high")]
-    return f"{numbers[0]} [{numbers[1]}, {numbers[2]}]"
-
-
-def compared(tables: Tables, network: str, width: int) -> Iterator[str]:
-    """The best method against each other one, paired, in the metric that matters most."""
-    rows = [row for row in tables.localization if row["network"] == network]
-    metric = next(name for name in _HEADLINES if any(row["metric"] == name for row in rows))
-    ranked = [row for row in rows if row["metric"] == metric and row["method"] not in BASELINES]
-    best = max(ranked, key=lambda row: row["value"])["method"]
-    yield f"\n{_SHOWN[metric]} of {best} minus that of"
-    for row in tables.differences:
-        pair = row["method"], row["other"]
-        if row["network"] != network or row["metric"] != metric or best not in pair:
-            continue
-        if best == row["other"]:
-            flipped = {"difference": -row["difference"], "ci_low": -row["ci_high"]}
-            row = {**row, **flipped, "ci_high": -row["ci_low"], "other": row["method"]}
-        noise = row["ci_low"] <= 0 <= row["ci_high"]
-        verdict = "within noise" if noise else "more than noise"
-        yield f"{row['other']:<{width}}  {percent(row, 'difference', '+.1f'):>19}  {verdict}"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,30 +1,38 @@
 """Explain a collection of images: class activation maps of every network, class and method.
 
-    python jobs/explain.py --input photos/ --output out/ --networks resnet50 densenet161=w.pth
+    scacam explain --input photos/ --output out/ --networks resnet50 densenet161=w.pth
 
 Every image of the input ends as explained by every network or as a row of the errors table.
 """
 
 import argparse
 import logging
-import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import ray
 import ray.data
 
-from scacam.errors import RunError, ScacamError
-from scacam.images import VIEWS
-from scacam.inputs.manifest import Manifest, read_manifest, refuse_unknown_labels
-from scacam.jobs.estimate import estimate
+from scacam.errors import RunError
+from scacam.images import VIEWS, ViewName
+from scacam.inputs.manifest import (
+    Manifest,
+    read_manifest,
+    refuse_unknown_labels,
+    resolve_labels,
+)
+from scacam.jobs.estimate import Estimate, estimate
 from scacam.jobs.options import (
+    add_input_options,
     add_network_options,
     load_networks,
     parse_networks,
+    refuse_below_one,
     seconds_per_image,
 )
 from scacam.methods import METHODS
@@ -34,6 +42,7 @@ from scacam.pipeline.cluster import (
     TASK_CPUS,
     Allotment,
     allot,
+    await_nodes,
     cores,
     root_cause,
     rows_per_shard,
@@ -43,57 +52,57 @@ from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
-from scacam.pipeline.rows import sampling_of
+from scacam.pipeline.rows import bytes_per_image, sampling_of
+from scacam.pipeline.share import share
 from scacam.pipeline.sink import ShardSink
+from scacam.runs import lifecycle
 from scacam.runs.describe import describe_network, describe_run
-from scacam.runs.lifecycle import begin, complete, refuse_output, retry_errors
+from scacam.runs.lifecycle import begin, complete, refuse_output
 from scacam.runs.lock import locked
-from scacam.runs.proof import Proof, prove
-from scacam.storage import join, locate
+from scacam.runs.proof import prove
+from scacam.storage import OUT_OF_REACH, join, locate
 
 logger = logging.getLogger("scacam")
 
 _STALLED_S = 900
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument(
-        "--input",
-        required=True,
-        help="folder or s3:// prefix of images, or a .csv or .parquet manifest (uri, label)",
-    )
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the job, whose defaults are those of `run`."""
+    add_input_options(parser)
     parser.add_argument("--output", required=True, help="folder or s3:// prefix for the results")
     add_network_options(parser)
     parser.add_argument(
         "--methods",
         nargs="+",
-        default=list(METHODS),
         metavar="METHOD",
         help=f"default: all that a network supports of {', '.join(METHODS)}",
     )
-    parser.add_argument("--top-k", type=int, default=5, metavar="K", help="classes per image")
+    parser.add_argument("--top-k", type=int, metavar="K", help="classes per image (default: 5)")
     parser.add_argument(
         "--explain-label", action="store_true", help="explain the labelled class as well"
     )
     parser.add_argument(
         "--view",
         choices=VIEWS,
-        default="center_crop",
-        help="what a network sees: its published centre crop, or the whole image squashed",
+        help="what a network sees: its published centre crop, or the whole image squashed "
+        "(default: center_crop)",
     )
     parser.add_argument(
         "--bfloat16", action="store_true", help="run the networks in half precision, bfloat16"
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
-    parser.add_argument("--limit", type=int, metavar="N", help="explain only the first N images")
     parser.add_argument(
         "--max-error-rate",
         type=float,
-        default=1.0,
         metavar="SHARE",
-        help="give up when more than this share of the images fails, from 0 to 1",
+        help="give up when more than this share of the images fails, from 0 to 1 (default: 0.5)",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="use N GPUs of a cluster, and wait until they are there (default: those there are)",
     )
     parser.add_argument(
         "--retry-errors", action="store_true", help="try the failed images of a complete run again"
@@ -104,77 +113,162 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--price-per-hour", type=float, metavar="PRICE", help="of this machine, for --dry-run"
     )
-    return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when it completed, with errors rows or without.
+@dataclass(frozen=True)
+class Result:
+    """What a run came to.
 
-    1 when it completed but all images failed, or too many; 2 when it could not run or was stopped.
+    Attributes:
+        output: where it is.
+        images: how many the manifest has.
+        explained: how many of them every network explains.
+        errors: how many failed, by kind.
+        max_error_rate: the share of them that was still to be borne.
+        told: what this job did of it, in words.
     """
-    options = parse(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    try:
-        return run(options)
-    except ScacamError as error:
-        print(f"explain: {error}", file=sys.stderr)
-        return 2
+
+    output: str
+    images: int
+    explained: int
+    errors: Mapping[str, int]
+    max_error_rate: float
+    told: Sequence[str]
+
+    @property
+    def ok(self) -> bool:
+        """Whether any image was explained, and no more failed than were to be borne."""
+        failed = sum(self.errors.values())
+        return self.explained > 0 and failed <= self.max_error_rate * self.images
+
+    def __str__(self) -> str:
+        lines = [f"{self.explained:,} of {self.images:,} images explained"]
+        lines += [f"  {count:,} failed: {kind}" for kind, count in self.errors.items()]
+        if not self.ok:
+            lines.append(
+                f"too many: once that is mended ({self.output}/errors says what it is of "
+                "each image), --retry-errors tries them again"
+            )
+        return "\n".join([*lines, *self.told, f"results: {self.output}"])
 
 
-def run(options: argparse.Namespace) -> int:
-    """From the options to the results."""
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        networks: their names.
+        estimate: from a timed sample.
+        price_per_hour: of this machine, if it is known.
+    """
+
+    networks: Sequence[str]
+    estimate: Estimate
+    price_per_hour: float | None
+    ok: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        names = ", ".join(self.networks)
+        return f"networks: {names}\n{self.estimate.told(self.price_per_hour)}"
+
+
+def run(
+    *,
+    input: str,
+    output: str,
+    networks: Sequence[str],
+    target_layer: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
+    methods: Sequence[str] = tuple(METHODS),
+    top_k: int = 5,
+    explain_label: bool = False,
+    view: ViewName = "center_crop",
+    bfloat16: bool = False,
+    batch_size: int | None = None,
+    image_column: str | None = None,
+    label_column: str | None = None,
+    limit: int | None = None,
+    max_error_rate: float = 0.5,
+    gpus: int | None = None,
+    retry_errors: bool = False,
+    dry_run: bool = False,
+    price_per_hour: float | None = None,
+) -> Result | Plan:
+    """Explain images as `scacam explain` does; its options are the keywords.
+
+    Returns:
+        What the run came to, or with `dry_run` what it would take.
+
+    Raises:
+        ScacamError: the job cannot run as asked, or was stopped; the same call continues it.
+        OSError: a file or a store cannot be read or written.
+    """
+    options = SimpleNamespace(**locals() | {"methods": list(dict.fromkeys(methods))})
     check(options)
-    if not options.dry_run:
-        refuse_output(options.output)
-    manifest = read_manifest(options.input, options.limit)
-    networks = load_networks(options)
-    check_networks(options, networks, manifest)
-    if options.dry_run:
-        return dry_run(options, manifest, networks)
-    wanted = describe(options, manifest, networks)
-    with locked(options.output):
-        record = begin(options.output, wanted, manifest.table)
-        if options.retry_errors:
-            record = retry_errors(options.output, record)
-        if record["status"] == "complete":
-            print(f"{options.output} is complete: nothing to do")
-            return 0
-        images = len(manifest.table)
-        del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
-        started = time.monotonic()
-        start_ray()
-        allotments = allot([seconds_per_image(network) for network in networks])
-        counts = explain(options, images, networks, allotments)
-        proof = prove(options.output, [network.name for network in networks], images)
-        seconds = time.monotonic() - started
-        record |= {
-            "status": "complete",
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(record.get("seconds", 0) + seconds, 1),
-            "explained": proof.explained,
-            "errors": dict(proof.errors),
-        }
-        complete(options.output, record, proof)
-    print(summary(options.output, images, proof, counts, stage_capacities(networks, allotments)))
-    failed = proof.errors.total() / images
-    return 0 if proof.explained and failed <= options.max_error_rate else 1
+    if not dry_run:
+        refuse_output(output)
+    manifest = lifecycle.listed_before(output, asked(options)) or read_manifest(
+        input, limit, image_column, label_column
+    )
+    loaded = load_networks(networks, target_layer, categories, output_kind)
+    manifest = resolve_labels(manifest, {network.name: network.categories for network in loaded})
+    check_networks(options, loaded, manifest)
+    if dry_run:
+        return plan(options, manifest, loaded)
+    wanted = describe(options, manifest, loaded)
+    left_out = [manifest.left_out()] if manifest.ignored else []
+    with locked(output):
+        record = begin(output, wanted, manifest.table)
+        if retry_errors:
+            record = lifecycle.retry_errors(output, record)
+        told = ["nothing to do: it was complete"]
+        if record["status"] != "complete":
+            images = len(manifest.table)
+            del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
+            record, told = explain_all(options, record, images, loaded)
+    counts = record["images"], record["explained"], record["errors"]
+    return Result(output, *counts, max_error_rate, [*left_out, *told])
 
 
-def check(options: argparse.Namespace) -> None:
+def explain_all(
+    options: SimpleNamespace, record: dict[str, Any], images: int, networks: Sequence[Network]
+) -> tuple[dict[str, Any], list[str]]:
+    """Explain what is not explained yet, and prove the run; its record, and what was done."""
+    started = time.monotonic()
+    start_ray()
+    gpus = await_nodes(options.gpus)
+    costs = [seconds_per_image(network) for network in networks]
+    allotments = allot(costs, gpus)
+    counts = explain(options, record, networks, costs, allotments)
+    proof = prove(options.output, [network.name for network in networks], images)
+    seconds = time.monotonic() - started
+    record |= {
+        "status": "complete",
+        "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(record.get("seconds", 0) + seconds, 1),
+        "explained": proof.explained,
+        "errors": dict(proof.errors.most_common()),
+    }
+    complete(options.output, record, proof)
+    return record, speed(counts, stage_capacities(networks, allotments))
+
+
+def check(options: SimpleNamespace) -> None:
     """Refuse options that are wrong in themselves."""
     unknown = [name for name in options.methods if name not in METHODS]
     if unknown:
         raise RunError(f"unknown method {unknown[0]!r}; known are {', '.join(METHODS)}")
-    for name in ("top_k", "batch_size", "limit"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise RunError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
+    refuse_below_one(top_k=options.top_k, batch_size=options.batch_size, limit=options.limit)
+    if not 0 <= options.max_error_rate <= 1:
+        raise RunError(f"--max-error-rate must be from 0 to 1, not {options.max_error_rate:g}")
+    if options.gpus is not None and options.gpus < 0:
+        raise RunError(f"--gpus must be at least 0, not {options.gpus}")
     parse_networks(options.networks)
 
 
 def check_networks(
-    options: argparse.Namespace, networks: Sequence[Network], manifest: Manifest
+    options: SimpleNamespace, networks: Sequence[Network], manifest: Manifest
 ) -> None:
     """Refuse what cannot be explained, and say what will be left out."""
     labels = manifest.table["label"]
@@ -189,14 +283,21 @@ def check_networks(
             logger.info("%s has no %s: no class weights", network.name, ", ".join(absent))
 
 
+def asked(options: SimpleNamespace) -> dict[str, Any]:
+    """What decides which images a run is about."""
+    names = ("input", "image_column", "label_column", "limit")
+    return {name: getattr(options, name) for name in names}
+
+
 def describe(
-    options: argparse.Namespace, manifest: Manifest, networks: Sequence[Network]
+    options: SimpleNamespace, manifest: Manifest, networks: Sequence[Network]
 ) -> dict[str, Any]:
     """What `run.json` says before the run."""
     return {
         "started": datetime.now(UTC).isoformat(timespec="seconds"),
-        "input": options.input,
-        "ignored_files": manifest.ignored,
+        **asked(options),
+        "ignored_files": sum(manifest.ignored.values()),
+        "left_out": dict(manifest.ignored),
         **describe_run(manifest.table, options.methods),
         "networks": [describe_network(network, options.methods) for network in networks],
         "top_k": options.top_k,
@@ -207,7 +308,7 @@ def describe(
 
 
 def stages(
-    options: argparse.Namespace, networks: Sequence[Network], tally: Any
+    options: SimpleNamespace, networks: Sequence[Network], tally: Any
 ) -> tuple[Decode, list[dict[str, Any]], Localize]:
     """The stages of the stream: of the networks' stages the arguments but for their network."""
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
@@ -234,21 +335,20 @@ def stages(
     return Decode(samplings, options.view, tally), pools, localize
 
 
-def dry_run(options: argparse.Namespace, manifest: Manifest, networks: Sequence[Network]) -> int:
+def plan(options: SimpleNamespace, manifest: Manifest, networks: Sequence[Network]) -> Plan:
     """Say what the job would do, from a timed sample, and start nothing."""
     decode, pools, localize = stages(options, networks, None)
     for network, arguments in zip(networks, pools, strict=True):
         arguments["load"] = partial(lambda network: network, network)
     found = estimate(manifest.table, networks, decode, pools, localize)
-    print(f"networks: {', '.join(network.name for network in networks)}")
-    print(found.told(options.price_per_hour))
-    return 0
+    return Plan([network.name for network in networks], found, options.price_per_hour)
 
 
 def explain(
-    options: argparse.Namespace,
-    images: int,
+    options: SimpleNamespace,
+    record: dict[str, Any],
     networks: Sequence[Network],
+    costs: Sequence[float],
     allotments: Sequence[Allotment],
 ) -> Counts:
     """Stream the images that are not done yet through the networks into the shards.
@@ -256,14 +356,16 @@ def explain(
     The pools are chained, and the pixels travel along until their last use: so each image is read
     and decoded once, and nothing waits for the whole collection.
     """
-    rows = rows_per_shard(images, max(allotment.actors for allotment in allotments))
     tally = start_tally()
     decode, pools, localize = stages(options, networks, tally)
+    image_bytes = bytes_per_image(decode.samplings)
+    rows = rows_per_shard(record["images"], image_bytes, costs, allotments)
 
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.wait_for_min_actors_s = _STALLED_S
     context.execution_no_progress_timeout_s = _STALLED_S
+    context.retried_io_errors.append(OUT_OF_REACH)
     context.checkpoint_config = checkpoint(options.output)
 
     filesystem, manifest_path = locate(join(options.output, "manifest.parquet"))
@@ -273,7 +375,7 @@ def explain(
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
         stream = stream.map_batches(
             Explain,
-            fn_constructor_kwargs=arguments | {"load": partial(ray.get, ray.put(network))},
+            fn_constructor_kwargs=arguments | {"load": share(network)},
             compute=ray.data.ActorPoolStrategy(size=allotment.actors),
             batch_size=rows,
             batch_format="pyarrow",
@@ -288,8 +390,9 @@ def explain(
         {network.name: network.feature_shape[1:] for network in networks},
         tally,
         options.max_error_rate,
+        record.get("explained", 0),  # by a complete run, whose errors are tried again
     )
-    with shown(tally, images):
+    with shown(tally, record["images"]):
         try:
             stream.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
         except Exception as error:  # whatever stopped it, what is written stays, to be continued
@@ -312,22 +415,14 @@ def stage_capacities(
     return {"decode": cores(), **pools, "localize": cores(), "write": cores()}
 
 
-def summary(
-    output: str, images: int, proof: Proof, counts: Counts, capacities: dict[str, int]
-) -> str:
-    """The last words of a job."""
-    lines = [f"{proof.explained:,} of {images:,} images explained"]
-    lines += [f"  {count:,} failed: {kind}" for kind, count in proof.errors.most_common()]
-    if counts.written:
-        busy = shares(counts, capacities)
-        slowest = max(busy, key=lambda stage: busy[stage])
-        lines += [
-            f"{counts.written:,} now, in {counts.wall:,.0f} s: "
-            f"{counts.written / counts.wall:,.1f} images/s; the bottleneck is {slowest}",
-            "busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in busy.items()),
-        ]
-    return "\n".join([*lines, f"results: {output}"])
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def speed(counts: Counts, capacities: dict[str, int]) -> list[str]:
+    """How fast it went and what held it up, in words."""
+    if not counts.written:
+        return []
+    busy = shares(counts, capacities)
+    slowest = max(busy, key=lambda stage: busy[stage])
+    return [
+        f"{counts.written:,} now, in {counts.wall:,.0f} s: "
+        f"{counts.written / counts.wall:,.1f} images/s; the bottleneck is {slowest}",
+        "busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in busy.items()),
+    ]

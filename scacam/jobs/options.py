@@ -12,13 +12,42 @@ from scacam.errors import RunError
 from scacam.networks import Network, load_network
 from scacam.storage import read_bytes
 
-__all__ = ["add_network_options", "load_networks", "parse_networks", "seconds_per_image"]
+__all__ = [
+    "add_input_options",
+    "add_network_options",
+    "load_networks",
+    "parse_networks",
+    "refuse_below_one",
+    "seconds_per_image",
+]
 
 logger = logging.getLogger("scacam")
 
 
+def add_input_options(parser: argparse.ArgumentParser) -> None:
+    """Add `--input`, `--image-column`, `--label-column` and `--limit`."""
+    parser.add_argument(
+        "--input",
+        required=True,
+        help="folder or s3:// prefix of images, .tar shards or .parquet tables; or a .csv or "
+        ".parquet manifest (uri, label)",
+    )
+    parser.add_argument(
+        "--image-column",
+        metavar="NAME",
+        help="of tables with several columns of images, the one to take",
+    )
+    parser.add_argument(
+        "--label-column",
+        metavar="NAME",
+        help="the column of a table or manifest, or the key in .json files of tar shards, that "
+        "holds the labels (default: label)",
+    )
+    parser.add_argument("--limit", type=int, metavar="N", help="take only the first N images")
+
+
 def add_network_options(parser: argparse.ArgumentParser) -> None:
-    """Add `--networks`, `--target-layer` and `--categories`."""
+    """Add `--networks`, `--target-layer`, `--categories` and `--output-kind`."""
     parser.add_argument(
         "--networks",
         required=True,
@@ -30,7 +59,6 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--target-layer",
         nargs="+",
-        default=[],
         metavar="[NAME=]LAYER",
         help="the layer to explain, of every network or of the one named (default: the last with "
         "a spatial output before the classifier)",
@@ -38,11 +66,24 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--categories",
         nargs="+",
-        default=[],
         metavar="[NAME=]FILE",
         help="the class names, one per line, of every network or of the one named (default: those "
         "published with it)",
     )
+    parser.add_argument(
+        "--output-kind",
+        nargs="+",
+        metavar="[NAME=]KIND",
+        help="softmax if an image is of one class, sigmoid if each class is a question by itself, "
+        "of every network or of the one named (default: what its last step is, else softmax)",
+    )
+
+
+def refuse_below_one(**options: int | None) -> None:
+    """Raise RunError for an option that is given and less than 1."""
+    for name, value in options.items():
+        if value is not None and value < 1:
+            raise RunError(f"--{name.replace('_', '-')} must be at least 1, not {value}")
 
 
 def parse_networks(specifications: Sequence[str]) -> dict[str, str]:
@@ -54,36 +95,53 @@ def parse_networks(specifications: Sequence[str]) -> dict[str, str]:
     return {name: weights or "DEFAULT" for name, weights in pairs}
 
 
-def load_networks(options: argparse.Namespace) -> list[Network]:
-    """Load what the options of `add_network_options` ask for.
+def load_networks(
+    networks: Sequence[str],
+    target_layer: Sequence[str] = (),
+    categories: Sequence[str] = (),
+    output_kind: Sequence[str] = (),
+) -> list[Network]:
+    """Load what the options of `add_network_options`, here by the same names, ask for.
 
     Raises:
         NetworkError: a network cannot be loaded.
         RunError: the options contradict themselves, or a file of class names cannot be read.
     """
-    wanted = parse_networks(options.networks)
-    layers = _by_network(options.target_layer, list(wanted), "--target-layer")
-    files = _by_network(options.categories, list(wanted), "--categories")
-    networks = []
+    wanted = parse_networks(networks)
+    layers = _by_network(target_layer, list(wanted), "--target-layer")
+    files = _by_network(categories, list(wanted), "--categories")
+    kinds = _by_network(output_kind, list(wanted), "--output-kind")
+    loaded = []
     for name, weights in wanted.items():
         logger.info("loading %s, weights %s", name, weights)
-        categories = _read_categories(files[name]) if name in files else None
-        networks.append(
-            load_network(name, weights, target_layer=layers.get(name), categories=categories)
+        names = _read_categories(files[name]) if name in files else None
+        loaded.append(
+            load_network(
+                name,
+                weights,
+                target_layer=layers.get(name),
+                categories=names,
+                output_kind=kinds.get(name),
+            )
         )
-    return networks
+    return loaded
 
 
 def seconds_per_image(network: Network) -> float:
-    """What one image takes a network, in this process and after a first one."""
+    """What one image takes a network on one core, after a first one."""
     preprocessing = network.preprocessing
     shape = (1, *preprocessing.crop_size, preprocessing.channels)
     images = network.normalize(torch.zeros(shape, dtype=torch.uint8))
-    with torch.inference_mode():
-        network.module(images)
-        began = time.perf_counter()
-        network.module(images)
-        return time.perf_counter() - began
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.inference_mode():
+            network.module(images)
+            began = time.perf_counter()
+            network.module(images)
+            return time.perf_counter() - began
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _by_network(values: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:

@@ -1,6 +1,6 @@
 """Draw each photo of a run with its top classes and its heatmaps: one PNG per photo.
 
-    python jobs/pictures.py --run out/                  # out/pictures/NAME.png
+    scacam pictures --run out/                  # out/pictures/NAME.png
 
 Reads the run's Parquet and the photos; needs neither the networks nor Ray.
 """
@@ -8,19 +8,19 @@ Reads the run's Parquet and the photos; needs neither the networks nor Ray.
 import argparse
 import io
 import logging
-import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
 from PIL import Image
 
 from scacam.drawing import fit, grey
-from scacam.errors import RunError, ScacamError
+from scacam.errors import RunError
 from scacam.report.sheet import Cell, Panel, sheet
 from scacam.runs.results import Run, open_run
-from scacam.storage import join, locate
+from scacam.storage import join, write_bytes
 
 logger = logging.getLogger("scacam")
 
@@ -30,36 +30,39 @@ _CLASSES = 5
 _NAME_LENGTH = 60
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the job."""
     parser.add_argument("--run", required=True, help="the output of an explain job")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N photos")
-    return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when it completed."""
-    options = parse(arguments)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logger.setLevel(logging.INFO)
-    try:
-        run = open_run(options.run)
-        folder = join(options.run, "pictures")
-        count = draw(run, folder, options.limit)
-    except ScacamError as error:
-        print(f"pictures: {error}", file=sys.stderr)
-        return 2
-    print(f"{count:,} pictures: {folder}")
-    return 0
+@dataclass(frozen=True)
+class Result:
+    """How many pictures were drawn, and into which folder."""
+
+    pictures: int
+    folder: str
+    ok: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return f"{self.pictures:,} pictures: {self.folder}"
+
+
+def run(*, run: str, limit: int | None = None) -> Result:
+    """Draw the photos of a run, or the first ones.
+
+    Raises:
+        RunError: there is no run, or the limit is below 1.
+        OSError: the pictures cannot be written.
+    """
+    folder = join(run, "pictures")
+    return Result(draw(open_run(run), folder, limit), folder)
 
 
 def draw(run: Run, folder: str, limit: int | None = None) -> int:
     """Write the pictures of the first images into a folder, and return how many."""
     if limit is not None and limit < 1:
         raise RunError(f"--limit must be at least 1, not {limit}")
-    filesystem, path = locate(folder)
-    filesystem.create_dir(path, recursive=True)
     taken: set[str] = set()
     for count, (image_id, rows) in enumerate(images(run)):
         if count == limit:
@@ -70,8 +73,7 @@ def draw(run: Run, folder: str, limit: int | None = None) -> int:
         taken.add(name)
         buffer = io.BytesIO()
         picture(run, rows).save(buffer, "PNG")
-        with filesystem.open_output_stream(join(path, f"{name}.png")) as file:
-            file.write(buffer.getvalue())
+        write_bytes(join(folder, f"{name}.png"), buffer.getvalue())
         if count and count % 100 == 0:
             logger.info("%d pictures", count)
     return len(taken)
@@ -134,7 +136,3 @@ def stem(uri: str) -> str:
     """The name of an image without its folder and its ending, short enough for a file name."""
     name = uri.rpartition("::")[2].rstrip("/").rpartition("/")[2]
     return (name.rpartition(".")[0] or name)[:_NAME_LENGTH] or "image"
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,44 +1,44 @@
-"""Look through a run and write its report: one HTML file that opens anywhere.
+"""Look through a run and write its report.
 
-    python jobs/report.py --run out/                    # out/report.html
+    scacam report --run out/                    # out/report.html
 
 Reads the run's Parquet and a few of its photos; needs neither the networks nor Ray.
 """
 
 import argparse
-import sys
-from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
-import pyarrow as pa
-
-from scacam.errors import ScacamError
 from scacam.report.run import report
 from scacam.runs.results import open_run
-from scacam.storage import join, locate
+from scacam.storage import join, write_bytes
 
 
-def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of the job."""
     parser.add_argument("--run", required=True, help="the output of an explain job")
-    return parser.parse_args(arguments)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job; 0 when it completed."""
-    options = parse(arguments)
-    try:
-        page = report(open_run(options.run)).encode()
-        path = join(options.run, "report.html")
-        filesystem, inner_path = locate(path)
-        with filesystem.open_output_stream(inner_path) as file:
-            file.write(page)
-    except (ScacamError, pa.ArrowException, OSError) as error:
-        print(f"report: {error}", file=sys.stderr)
-        return 2
-    print(f"report ({len(page) / 1e6:.1f} MB): {path}")
-    return 0
+@dataclass(frozen=True)
+class Result:
+    """Where the page is, and how many bytes it has."""
+
+    path: str
+    size: int
+    ok: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        return f"report ({self.size / 1e6:.1f} MB): {self.path}"
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def run(*, run: str) -> Result:
+    """Write the report of a run.
+
+    Raises:
+        RunError: there is no run, or nothing in it was explained.
+        OSError: the page cannot be written.
+    """
+    page = report(open_run(run)).encode()
+    path = join(run, "report.html")
+    write_bytes(path, page)
+    return Result(path, len(page))

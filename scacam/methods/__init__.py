@@ -1,10 +1,12 @@
 """Every class activation map, one function each; see `maps`."""
 
 from scacam.methods.maps import (
+    ALL_METHODS,
     METHODS,
     Method,
     eigen_cam,
     eigen_grad_cam,
+    extent_cam,
     feature_map,
     gap_cam,
     grad_cam,
@@ -18,10 +20,12 @@ from scacam.methods.maps import (
 )
 
 __all__ = [
+    "ALL_METHODS",
     "METHODS",
     "Method",
     "eigen_cam",
     "eigen_grad_cam",
+    "extent_cam",
     "feature_map",
     "gap_cam",
     "grad_cam",

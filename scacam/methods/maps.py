@@ -9,6 +9,8 @@ All functions share one signature, `(features, gradients, class_weights) -> maps
 * class weights `w`: `[B, K, C]`, of the linear classifier on pooled features, or None.
 * maps: `[B, K, h, w]`, raw and signed. ReLU, upsampling and normalisation come later, by name.
 
+But for `extent_cam`, which takes the maps of another method and the features of a finer layer.
+
 To add a method: write its function here, give it a row in `METHODS`, and test it.
 
 References (equations are those of the SCA-CAM paper unless said otherwise):
@@ -21,12 +23,14 @@ References (equations are those of the SCA-CAM paper unless said otherwise):
     Muhammad and Yeasin 2020, Eigen-CAM.
     Jiang et al. 2021, LayerCAM.
     Gildenblat 2021, the library pytorch-grad-cam, for the two that have no paper.
+    Chen et al. 2022, Self-supervised Image-specific Prototype Exploration (SIPE).
 """
 
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scacam.methods.eigen import first_component
@@ -43,10 +47,12 @@ from scacam.methods.gradients import (
 )
 
 __all__ = [
+    "ALL_METHODS",
     "METHODS",
     "Method",
     "eigen_cam",
     "eigen_grad_cam",
+    "extent_cam",
     "feature_map",
     "gap_cam",
     "grad_cam",
@@ -58,6 +64,9 @@ __all__ = [
     "sca_cam_signed",
     "xgrad_cam",
 ]
+
+_NOTHING = 1e-6
+"""As much as rounding makes of nothing, where numbers are about 1."""
 
 
 def feature_map(features: Tensor, gradients: Gradients, class_weights: Tensor | None) -> Tensor:
@@ -165,6 +174,53 @@ def eigen_grad_cam(features: Tensor, gradients: Gradients, class_weights: Tensor
     return _aligned(first_component(product(gradients, features)).reshape(sums.shape), sums)
 
 
+def extent_cam(cams: Tensor, finer_features: Tensor, rounds: int = 3) -> Tensor:
+    """Where an image looks like the inside of a class map, and the map is positive.
+
+    With `z = F / ‖F‖` at each position of the finer features and `c = top(cam)`, enlarged to them:
+
+        m = c, then in each round
+        p = Σ m z / Σ m - Σ (1 - m) z / Σ (1 - m)
+        m = √(top(z · p) · c)
+
+    where `top(x) = relu(x) / max relu(x)`, 0 where nothing is positive: a nearest-mean classifier
+    of inside and outside, fitted to this one image. The idea of prototypes of one image is that of
+    Chen et al. 2022. It shows the extent of the object rather than evidence for the class.
+
+    Args:
+        cams: class maps `[B, K, h, w]`, of `gap_cam` or any other method, before the ReLU.
+        finer_features: `F`, `[B, C, H, W]`, of a layer with about twice their resolution.
+        rounds: how often inside and outside are told apart anew.
+
+    Returns:
+        Maps `[B, K, H, W]` between 0 and 1; zeros where the class map is nowhere positive.
+    """
+    size = finer_features.shape[2:]
+    features = finer_features.flatten(2)
+    lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    lengths = lengths.clamp(min=torch.finfo(features.dtype).tiny)
+    tiny = torch.finfo(cams.dtype).tiny
+    cams = F.interpolate(cams, size, mode="bilinear", align_corners=False)
+    classes = _top(cams.flatten(2), tiny)
+
+    def mean(weights: Tensor) -> Tensor:
+        sums = (weights / lengths) @ features.mT
+        return sums / weights.sum(2, keepdim=True).clamp(min=_NOTHING)
+
+    maps = classes
+    for _ in range(rounds):
+        likeness = (mean(maps) - mean(1 - maps)) @ features / lengths
+        maps = (_top(likeness, _NOTHING) * classes).sqrt()
+    return maps.unflatten(2, size)
+
+
+def _top(values: Tensor, nothing: float) -> Tensor:
+    """`relu(x) / max relu(x)` over the last axis, 0 where that maximum is `nothing` or less."""
+    positive = values.relu()
+    largest = positive.amax(2, keepdim=True)
+    return torch.where(largest <= nothing, 0, positive / largest)
+
+
 def _for_every_class(maps: Tensor, gradients: Gradients) -> Tensor:
     values = gradients.values if isinstance(gradients, MaskedGradients) else gradients
     return maps.expand(-1, values.shape[1], -1, -1)
@@ -180,16 +236,20 @@ class Method(NamedTuple):
     """What the rest needs to know of a method.
 
     Attributes:
-        function: from features, gradients and class weights to raw maps.
+        function: from features, gradients and class weights to raw maps; if it needs the finer
+            layer, from class maps and the finer layer's features.
         relu: whether a ReLU on the map belongs to the method. Raw maps are before it.
         needs_class_weights: whether a network without class weights has no such map.
         paper: where the method comes from.
+        needs_finer_layer: whether it has maps of a network that has a finer layer, and of its
+            resolution.
     """
 
-    function: Callable[[Tensor, Gradients, Tensor | None], Tensor]
+    function: Callable[..., Tensor]
     relu: bool
     needs_class_weights: bool
     paper: str
+    needs_finer_layer: bool = False
 
 
 METHODS: dict[str, Method] = {
@@ -210,3 +270,14 @@ METHODS: dict[str, Method] = {
     )
 }
 """All methods by name, in the order in which results list them."""
+
+ALL_METHODS = METHODS | {
+    "extent_cam": Method(
+        extent_cam,
+        relu=False,
+        needs_class_weights=False,
+        paper="after Chen et al. 2022",
+        needs_finer_layer=True,
+    )
+}
+"""With those whose maps a run cannot store yet, since they have a resolution of their own."""

@@ -6,7 +6,7 @@ The usual heads have a gradient in closed form, so that explaining a class costs
 every other head is differentiated by autograd.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -15,17 +15,22 @@ import torch
 from torch import Tensor, nn
 
 from scacam.errors import NetworkError
+from scacam.methods import ALL_METHODS
 from scacam.methods.gradients import Gradients, MaskedGradients, weigh
-from scacam.networks.target import TargetLayer, capture, find_target_layer
+from scacam.networks.output import (
+    SHAPING,
+    Output,
+    both_classes,
+    eagerly,
+    look_at_output,
+    operation,
+)
+from scacam.networks.target import TargetLayer, capture, find_layers
 
-__all__ = ["Anatomy", "Head", "examine"]
+__all__ = ["Anatomy", "ExplainedLayer", "Head", "differentiable", "differentiate", "examine"]
 
 
 # Operations of the autograd graph, without their suffix `Backward0`.
-_SHAPING = {
-    "Clone", "View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "AsStrided",
-    "Permute", "Transpose",
-}  # fmt: skip
 _POOLING = {"Mean", "AvgPool2D"}
 _LINEAR = {"Addmm", "Mm", "Linear", "Convolution", "MkldnnConvolution"}
 _OTHERS = {
@@ -33,7 +38,7 @@ _OTHERS = {
     "Relu", "LeakyRelu", "Elu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Tanh", "Sigmoid", "Mul",
     "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "Pow", "Clamp",
 }  # fmt: skip
-_SINGLE_PATH = _SHAPING | _POOLING | _LINEAR | _OTHERS
+_SINGLE_PATH = SHAPING | _POOLING | _LINEAR | _OTHERS
 
 
 Kind = Literal["pooled", "rectified", "scores", "general"]
@@ -63,25 +68,23 @@ class Head:
             return None
         weight = module.get_submodule(self.classifier).weight
         assert isinstance(weight, Tensor)
-        return weight.detach().flatten(1)
+        return both_classes(weight.detach().flatten(1).T).T
 
-    def gradients(
-        self, module: nn.Module, features: Tensor, logits: Tensor, class_ids: Tensor
-    ) -> Gradients:
+    def gradients(self, module: nn.Module, features: Tensor, class_ids: Tensor) -> Gradients:
         """Gradients of the logits of some classes with respect to the features (Equation 4).
+
+        In closed form, which a general head does not have: see `differentiate`.
 
         Args:
             module: the network.
-            features: `[B, C, h, w]`; for a general head, the leaf that the logits come from.
-            logits: `[B, classes]`.
+            features: `[B, C, h, w]`.
             class_ids: `[B, K]`.
 
         Returns:
             What `scacam.methods` take, in the most compact form.
         """
         class_weights = self.class_weights(module)
-        if class_weights is None:
-            return _differentiate(logits, features, class_ids)
+        assert class_weights is not None
         weights = class_weights[class_ids].to(features.dtype)
         per_cell = (weights / (features.shape[2] * features.shape[3]))[..., None, None]
         if self.kind == "rectified":
@@ -96,86 +99,162 @@ class Head:
         return per_cell
 
 
-def _differentiate(logits: Tensor, features: Tensor, class_ids: Tensor) -> Tensor:
-    """One backward pass through the head for all explained classes of the whole batch."""
+def differentiate(logits: Tensor, features: Sequence[Tensor], class_ids: Tensor) -> list[Tensor]:
+    """One backward pass for all explained classes of the whole batch, to all of some features.
+
+    Args:
+        logits: `[B, classes]`, with a graph that leads to the features.
+        features: `[B, C, h, w]` each.
+        class_ids: `[B, K]`.
+
+    Returns:
+        The gradients with respect to each of the features, `[B, K, C, h, w]`.
+    """
     with torch.enable_grad():
         chosen = logits.gather(1, class_ids).sum(0)
     each = torch.eye(len(chosen)).to(chosen)
     try:
-        (gradients,) = torch.autograd.grad(
+        gradients = torch.autograd.grad(
             chosen, features, each, retain_graph=True, is_grads_batched=True
         )
     except RuntimeError:  # an operation that is not made for this, or too little memory for it
-        one_by_one = [
-            torch.autograd.grad(chosen, features, one, retain_graph=True)[0] for one in each
-        ]
-        gradients = torch.stack(one_by_one)
-    return gradients.transpose(0, 1)
+        one_by_one = [torch.autograd.grad(chosen, features, one, retain_graph=True) for one in each]
+        gradients = tuple(torch.stack(of_layer) for of_layer in zip(*one_by_one, strict=True))
+    return [of_layer.transpose(0, 1) for of_layer in gradients]
+
+
+class ExplainedLayer(NamedTuple):
+    """A layer whose features are weighed.
+
+    Attributes:
+        layer: the layer, as name and call.
+        head: what lies between its output and the logits.
+        straight: whether a single path of pooling, linear and pointwise operations leads from
+            there to the logits, so that it is what the classifier pools.
+        feature_shape: channels, height and width of its output.
+    """
+
+    layer: TargetLayer
+    head: Head
+    straight: bool
+    feature_shape: tuple[int, int, int]
+
+    def supports(self, method: str) -> bool:
+        """Whether a method has maps of this layer's features and resolution."""
+        needs = ALL_METHODS[method]
+        return not needs.needs_finer_layer and (
+            self.head.kind != "general" or not needs.needs_class_weights
+        )
 
 
 class Anatomy(NamedTuple):
     """What a look inside a network found.
 
     Attributes:
-        target_layer: the layer whose output is explained.
-        head: what lies between that output and the logits.
-        straight: whether a single path of pooling, linear and pointwise operations leads from
-            there to the logits, so that it is what the classifier pools.
-        feature_shape: channels, height and width of that output.
+        layers: those that are explained, in the order in which they run; the last is the target
+            layer.
+        finer_layer: the last layer with twice the target layer's resolution, just before it is
+            halved, or None.
+        finer_shape: channels, height and width of its output, or None.
+        output: how logits and probabilities come from what the module returns.
         num_classes: how many logits there are.
     """
 
-    target_layer: TargetLayer
-    head: Head
-    straight: bool
-    feature_shape: tuple[int, int, int]
+    layers: tuple[ExplainedLayer, ...]
+    finer_layer: TargetLayer | None
+    finer_shape: tuple[int, int, int] | None
+    output: Output
     num_classes: int
 
 
-def examine(module: nn.Module, images: Tensor, target_layer: str | None = None) -> Anatomy:
-    """Find the target layer and what the head does: by its autograd graph, checked numerically.
+def examine(
+    module: nn.Module,
+    images: Tensor,
+    target_layers: Sequence[str] = (),
+    finer_layer: str | None = None,
+    output_kind: str | None = None,
+) -> Anatomy:
+    """Find the layers and what the heads do: by their autograd graphs, checked numerically.
 
     Args:
-        module: a network that returns logits `[B, classes]`. It comes back as it was.
-        images: a batch of random values `[B, channels, H, W]`.
-        target_layer: a layer of the module; its last call is taken. Left out, it is the last layer
-            with a spatial output before the classifier, pooling layers aside.
+        module: a network that returns logits, or what its last step makes of them `[B, classes]`.
+            It comes back as it was.
+        images: three images of random values `[3, channels, H, W]`.
+        target_layers: layers of the module; their last calls are taken. Without any, it is the last
+            layer with a spatial output before the classifier, pooling layers aside.
+        finer_layer: a layer of the module; left out, it is found by the resolutions.
+        output_kind: as `look_at_output` takes it.
 
     Raises:
-        NetworkError: there is no such layer, the logits do not depend on it, or the module does
-            not return logits.
+        NetworkError: there is no such layer, the logits do not depend on it or cannot be had, or
+            what the module says of an image is not always the same.
+        RuntimeError: the module cannot be watched or differentiated.
     """
-    target = find_target_layer(module, images, target_layer)
-    with _frozen(module):
-        with torch.no_grad(), capture(module, target, differentiable=True) as captured:
-            logits = module(images)
-        features = captured.of(target)
-        operations = _operations(logits, target)
-        head = Head("general", None)
-        class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
-        for candidate in _candidates(module, operations, features.shape[1], logits.shape[1]):
-            expected = _differentiate(logits, features, class_ids)
-            with torch.no_grad():
-                found = candidate.gradients(module, features, logits, class_ids)
-            actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
-            if (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
-                head = candidate
-                break
+    layers: list[ExplainedLayer] = []
+    answers: list[Tensor] = []
+    handle = module.register_forward_hook(lambda _module, _inputs, output: answers.append(output))
+    try:
+        with eagerly(), differentiable(module):
+            found = find_layers(module, images[:2], target_layers, finer_layer)
+            for target in found.explained:
+                # A pass for each: its operations are those of a graph that begins at this layer.
+                with capture(module, [target], differentiable=[target]) as captured:
+                    output, raw = look_at_output(module, images[1:], output_kind)
+                layers.append(_explained(module, target, captured.of(target), raw))
+    finally:
+        handle.remove()
+    _refuse_other_answer(answers[0][1], answers[1][0])
+    num_classes = both_classes(raw).shape[1]
+    return Anatomy(tuple(layers), found.finer, found.finer_shape, output, num_classes)
+
+
+def _refuse_other_answer(one: Tensor, other: Tensor) -> None:
+    """Of one image, in two batches."""
+    difference = (one - other).detach().abs().max()
+    if difference > max(1e-3, 10 * torch.finfo(one.dtype).eps) * one.abs().max():
+        raise NetworkError(
+            "it gives an image another answer at another time or in another batch (a dropout that "
+            "is always on, or statistics of the batch)"
+        )
+
+
+def _explained(
+    module: nn.Module, target: TargetLayer, features: Tensor, raw: Tensor
+) -> ExplainedLayer:
+    """A layer with what lies between its features and the logits as the module has them."""
+    operations = _operations(raw, target)
+    head = _head(module, operations, features, raw)
     channels, height, width = features.shape[1:]
-    return Anatomy(target, head, bool(operations), (channels, height, width), logits.shape[1])
+    return ExplainedLayer(target, head, bool(operations), (channels, height, width))
+
+
+def _head(module: nn.Module, operations: list[str], features: Tensor, raw: Tensor) -> Head:
+    logits = both_classes(raw)
+    class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
+    (expected,) = differentiate(logits, [features], class_ids)
+    for candidate in _candidates(module, operations, features.shape[1], raw.shape[1]):
+        with torch.no_grad():
+            found = candidate.gradients(module, features, class_ids)
+        actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
+        if (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
+            return candidate
+    return Head("general", None)
 
 
 def _operations(logits: Tensor, target: TargetLayer) -> list[str]:
     node = logits.grad_fn
     if node is None:
-        raise NetworkError(f"the logits do not depend on layer {target.name!r}; name another")
+        raise NetworkError(
+            f"the logits do not depend on layer {target.name!r}: it is not used, or what comes "
+            "after it runs under torch.inference_mode, torch.no_grad or detach; name another layer "
+            "or take that out"
+        )
     operations: list[str] = []
     while node is not None and node.name() != "torch::autograd::AccumulateGrad":
-        operation = node.name().split("Backward")[0].rstrip("0123456789")
         parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if len(parents) != 1 or operation not in _SINGLE_PATH:
+        if len(parents) != 1 or operation(node) not in _SINGLE_PATH:
             return []
-        operations.append(operation)
+        operations.append(operation(node))
         node = parents[0]
     return operations[::-1]
 
@@ -187,10 +266,10 @@ def _candidates(
     steps = "".join(
         "p" if step in _POOLING else "l" if step in _LINEAR else "r" if step == "Relu" else "?"
         for step in operations
-        if step not in _SHAPING
+        if step not in SHAPING
     )
     kind = _KINDS.get(steps)
-    if kind is None:
+    if kind is None or (kind == "scores" and classes == 1):  # one ReLU for both classes
         return []
     return [
         Head(kind, name)
@@ -201,13 +280,18 @@ def _candidates(
 
 
 @contextmanager
-def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter requires a gradient inside this context; after it, those that did do again."""
+def differentiable(module: nn.Module) -> Iterator[None]:
+    """Inside this context a graph begins at a captured layer, and nowhere else.
+
+    No parameter requires a gradient; after it, those that did do again. Gradients are enabled from
+    the start, so that a backbone that the module runs under `torch.no_grad()` leaves them so.
+    """
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
     try:
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         for parameter in trained:
             parameter.requires_grad_()

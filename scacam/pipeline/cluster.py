@@ -1,15 +1,18 @@
 """Ray: where the job runs, and what of it each network gets."""
 
 import ctypes
+import itertools
 import logging
 import math
 import os
 import re
+import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import ray
 import ray.exceptions
+from ray.autoscaler.sdk import request_resources
 
 from scacam.errors import RunError
 
@@ -18,6 +21,7 @@ __all__ = [
     "TASK_CPUS",
     "Allotment",
     "allot",
+    "await_nodes",
     "cores",
     "divide",
     "keep_freed_memory",
@@ -27,9 +31,15 @@ __all__ = [
 ]
 
 _ACTORS_PER_GPU = 2
+_BLOCK_BYTES = 64_000_000
+_BLOCK_S = 60
+_CORES_PER_GPU = 10
+"""What any GPU is worth at least: the costs are measured on a core, where there may be no GPU."""
 _EMBEDDED_CPUS_MIN = 4
+_JOINING_S = 15 * 60
+_LOOK_S = 2
 _NODE_CPUS_MIN = 2
-_RAISED = re.compile(r"[\w.]+(Error|Exception): ")
+_EXCEPTION = re.compile(r"([A-Za-z_][\w.<>]*)(?:: (.*))?")
 _SHARD_ROWS_MAX = 512
 
 TASK_CPUS = 0.45
@@ -53,6 +63,8 @@ anew, page by page: up to half of the CPU time of a network. On other systems no
 """
 
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
+
+logger = logging.getLogger("scacam")
 
 
 class Allotment(NamedTuple):
@@ -84,7 +96,64 @@ def start_ray() -> None:
     logging.getLogger("ray.data").setLevel(logging.ERROR)
 
 
-def allot(costs: Sequence[float]) -> list[Allotment]:
+def await_nodes(gpus: int | None) -> int:
+    """Wait until the cluster has what the job was promised.
+
+    A cluster that was just started is its head alone, without CPUs, and its workers join one by
+    one over some minutes. If it can grow, it is told what is waited for. What its configuration
+    allows for, Ray does not tell a job: only `gpus` says how many to wait for.
+
+    Args:
+        gpus: how many GPUs to wait for; None for those that are there with the first worker.
+
+    Returns:
+        How many GPUs to use.
+
+    Raises:
+        RunError: they do not come, or no node has a CPU to spare for Ray Data's own tasks, without
+            which the job would wait for ever.
+    """
+    grows = bool(os.environ.get("RAY_ADDRESS"))
+    wanted = [{"CPU": _NODE_CPUS_MIN}] + [{"GPU": 1}] * (gpus or 0)
+    deadline = time.monotonic() + (_JOINING_S if grows else 0)
+    asked = False
+    try:
+        while lacking := _lacking(gpus):
+            if time.monotonic() >= deadline:
+                waited = f"after {_JOINING_S / 60:.0f} minutes of waiting, " if grows else ""
+                raise RunError(waited + lacking)
+            if not asked:
+                logger.info("%s; waiting for nodes to join", lacking)
+                request_resources(bundles=wanted)
+                asked = True
+            time.sleep(_LOOK_S)
+    finally:
+        if asked:  # else the cluster would stay as large after the job
+            request_resources(bundles=[])
+    there = int(ray.cluster_resources().get("GPU", 0))
+    if gpus is None and grows:
+        logger.info("%d GPUs are there; --gpus N waits for N", there)
+    return there if gpus is None else gpus
+
+
+def _lacking(gpus: int | None) -> str | None:
+    """What the cluster has not, and what to do about it; None if nothing."""
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    if max(resources.get("CPU", 0) for resources in nodes) < _NODE_CPUS_MIN:
+        return (
+            f"no node of the cluster has {_NODE_CPUS_MIN} CPUs; give one at least so many logical "
+            "CPUs (ray start --num-cpus)"
+        )
+    there = int(sum(resources.get("GPU", 0) for resources in nodes))
+    if there < (gpus or 0):
+        return (
+            f"the cluster has {there} of {gpus} GPUs; `ray status` says why the others do not "
+            f"come, and --gpus {there} does without them"
+        )
+    return None
+
+
+def allot(costs: Sequence[float], gpus: int) -> list[Allotment]:
     """Divide the cluster among the pools of a chain, which all hold their actors at once.
 
     The slowest pool sets the pace of all, so a network that costs more gets more actors. On a GPU
@@ -94,17 +163,8 @@ def allot(costs: Sequence[float]) -> list[Allotment]:
 
     Args:
         costs: what an image costs each network, in any unit.
-
-    Raises:
-        RunError: no node has a CPU to spare for Ray Data's own tasks; the job would wait for ever.
+        gpus: how many of the cluster's GPUs to use.
     """
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    if max(resources.get("CPU", 0) for resources in nodes) < _NODE_CPUS_MIN:
-        raise RunError(
-            f"no node of the cluster has {_NODE_CPUS_MIN} CPUs; give one at least so many logical "
-            "CPUs (ray start --num-cpus)"
-        )
-    gpus = int(ray.cluster_resources().get("GPU", 0))
     if gpus:
         per_gpu = max(_ACTORS_PER_GPU, math.ceil(len(costs) / gpus))
         share = _share(1, per_gpu)
@@ -136,23 +196,66 @@ def _share(whole: float, parts: int) -> float:
     return math.floor(1000 * whole / parts) / 1000
 
 
-def rows_per_shard(images: int, actors: int) -> int:
-    """Images per shard: four shards per actor in a small run, a bounded size in a large one."""
-    return max(1, min(math.ceil(images / (4 * actors)), _SHARD_ROWS_MAX))
+def rows_per_shard(
+    images: int, image_bytes: int, costs: Sequence[float], allotments: Sequence[Allotment]
+) -> int:
+    """Images per shard, and per block on its way there.
+
+    Four shards per actor in a small run. In a large one a bounded number, of 64 MB and a minute of
+    work at most: so many blocks fit into the memory beside one another, no lost one costs much, and
+    none takes as long as the watchdog waits for a sign of life.
+
+    Args:
+        images: how many there are.
+        image_bytes: of one image, as it travels through the stages.
+        costs: seconds that an image takes each network on one core.
+        allotments: what each network gets.
+    """
+    actors = max(allotment.actors for allotment in allotments)
+    seconds = max(
+        cost / (_CORES_PER_GPU if allotment.num_gpus else 1)
+        for cost, allotment in zip(costs, allotments, strict=True)
+    )
+    bounds = _SHARD_ROWS_MAX, _BLOCK_BYTES // image_bytes, int(_BLOCK_S / seconds)
+    return max(1, min(math.ceil(images / (4 * actors)), *bounds))
 
 
 def root_cause(error: BaseException) -> str:
-    """What Ray's errors, wrapped into one another, go back to, in one line."""
+    """What Ray's errors, wrapped into one another, go back to, in one line.
+
+    Of our own errors that is the message alone, of others their type with it.
+    """
     chain = [error]
     while inner := getattr(chain[-1], "cause", None) or chain[-1].__cause__:
         chain.append(inner)
-    told = next((one for one in reversed(chain) if str(one).strip()), error)
-    lines = str(told).strip().splitlines() or ["no message"]
-    if isinstance(told, ray.exceptions.RayError):  # it carries a worker's traceback as its text
-        raised = [line for line in lines if _RAISED.match(line)]
-        return (raised or lines)[-1]
-    # Ray appends lines of its own to the message.
-    return lines[0] if isinstance(told, RunError) else f"{type(told).__name__}: {lines[0]}"
+    told = [one for one in reversed(chain) if str(one).strip()]
+    for one in told:
+        if found := _raised(one):
+            module, _, name = found[0].rpartition(".")
+            message = found[1]
+            return message if module == RunError.__module__ else f"{name}: {message}".strip(": ")
+    gone = told[0] if told else error  # no exception was raised: a process, a node or an object is
+    lines = str(gone).strip().splitlines() or [type(gone).__name__]
+    last = isinstance(gone, ray.exceptions.RayActorError)  # whose first lines are about the actor
+    return lines[-1 if last else 0].partition(" Worker exit type:")[0]
+
+
+def _raised(error: BaseException) -> tuple[str, str] | None:
+    """The full name of the exception that an error stands for, and its message's first line.
+
+    Of what was raised in a worker there may be no more than the text of its traceback: stack by
+    stack, each with its exception at its end. What Ray wraps it into comes after it.
+    """
+    lines = str(error).strip().splitlines()
+    if not isinstance(error, ray.exceptions.RayError):  # Ray appends lines to its message
+        return f"{type(error).__module__}.{type(error).__qualname__}", lines[0]
+    found = [
+        match
+        for above, line in itertools.pairwise(lines)
+        if above.startswith(" ") and (match := _EXCEPTION.fullmatch(line))
+    ]
+    theirs = [match for match in found if not match[1].startswith("ray.")] or found[:1]
+    return (theirs[-1][1], theirs[-1][2] or "") if theirs else None
 
 
 def keep_freed_memory() -> None:

@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from scacam.errors import ImageError
+from scacam.errors import ImageError, RunError
 from scacam.images import Preprocessing, ViewName, see
 from scacam.inputs.containers import read_image
 from scacam.pipeline.progress import taken_up
 from scacam.pipeline.rows import Failure, set_failures
-from scacam.storage import PATIENCE_S, is_transient, read_ahead
+from scacam.storage import PATIENCE_S, is_transient, read_ahead, read_bytes
 
 __all__ = ["Decode"]
 
@@ -59,12 +59,13 @@ class Decode:
                     continue
                 try:
                     sizes[row], seen = run(see, content, self.samplings, self.view)
+                    for index, (view, sample) in enumerate(seen):
+                        views[index][row] = view
+                        samples[index][row] = sample
                 except ImageError as error:
                     failures[row] = Failure("decode", error.kind, str(error))
-                    continue
-                for index, (view, sample) in enumerate(seen):
-                    views[index][row] = view
-                    samples[index][row] = sample
+                except Exception as error:  # whatever it is, the other images have no part in it
+                    failures[row] = Failure("decode", "failed", f"{type(error).__name__}: {error}")
         columns: dict[str, Any] = {name: batch[name] for name in batch.column_names}
         columns |= {"width": sizes[:, 0], "height": sizes[:, 1]}
         for index, (view, sample) in enumerate(zip(views, samples, strict=True)):
@@ -105,9 +106,16 @@ class _Reader:
 
     def __init__(self) -> None:
         self.deadline: float | None = None
+        self.given: str | None = None
+        """The uri of an image of the block that could be read."""
 
     def read(self, uri: str, offset: int | None, size: int | None) -> bytes | ImageError:
-        """The bytes of an image, or why they cannot be had."""
+        """The bytes of an image, or why they cannot be had.
+
+        Raises:
+            RunError: the store is out of reach: for `PATIENCE_S` it gave nothing, and it no longer
+                gives what it gave before, if it gave anything.
+        """
         wait = 0.5
         while True:
             try:
@@ -116,13 +124,31 @@ class _Reader:
                 return ImageError("missing", "there is no such file")
             except PermissionError as error:
                 return ImageError("forbidden", str(error))
-            except (OSError, ValueError) as error:
+            except Exception as error:
+                if not is_transient(error):
+                    return ImageError("unreadable", str(error) or type(error).__name__)
                 now = time.monotonic()
                 self.deadline = self.deadline or now + PATIENCE_S
-                if not is_transient(error) or now + wait > self.deadline:
+                if now + wait > self.deadline:
+                    if self._is_out():
+                        raise RunError(
+                            f"the input has been out of reach for {PATIENCE_S:g} s: {error}"
+                        ) from error
                     return ImageError("unreadable", str(error))
                 time.sleep(wait)
                 wait = min(2 * wait, 10.0)
             else:
                 self.deadline = None
+                self.given = uri
                 return content
+
+    def _is_out(self) -> bool:
+        """Whether the store no longer gives what it gave before, if it gave anything."""
+        if self.given is None:
+            return True
+        container, _, _ = self.given.rpartition("::")
+        try:
+            read_bytes(container or self.given, 0, 1)
+        except Exception as error:
+            return is_transient(error)
+        return False

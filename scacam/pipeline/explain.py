@@ -1,12 +1,15 @@
 """The stage that holds a network: pixels to explanations, on a GPU where there is one."""
 
+import os
+import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
 
-from scacam.pipeline.progress import taken_up
+from scacam.pipeline.progress import BLANK, Held, fall, hold, taken_up
 from scacam.pipeline.rows import Failure, explanations_column, list_column, set_failures, tensors
 from scacam.tables import EXPLANATION, pack_heatmaps
 
@@ -17,9 +20,16 @@ if TYPE_CHECKING:
 
 __all__ = ["Explain", "settle"]
 
-_ATTEMPTS = 3
 _BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
 """On one thread, torch leaves 1 × 1 convolutions to oneDNN from 16 images on: a third faster."""
+
+_DEATHS_PROVE = 2
+"""So many processes that died while they looked at one image alone, and the image is to blame."""
+
+_LACKS_MEMORY = re.compile(
+    "can't allocate memory|not enough memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
+)
+_LOST_GPU = re.compile("(CUDA|CUDA driver|cuDNN|HIP) error")
 
 
 class Explain:
@@ -70,46 +80,69 @@ class Explain:
         """Explain one block, some images at a time."""
         if not len(batch):
             return batch
-        with taken_up(self.tally, f"explain {self.network.name}", batch) as attempts:
+        with taken_up(self.tally, f"explain {self.network.name}", batch) as deaths:
             rows = np.flatnonzero(batch["error"].is_null().to_numpy())
             failures: dict[int, Failure] = {}
             structs: list[pa.StructArray] = []
             lengths = np.zeros(len(batch), dtype=np.int64)
-            if attempts < _ATTEMPTS:
-                for done, struct, counts in self._explained(batch, rows, failures):
-                    structs.append(struct)
-                    lengths[done] = counts
-            else:
-                message = f"its block killed {attempts} processes of {self.network.name}"
-                failures = dict.fromkeys(rows.tolist(), Failure("explain", "crashed", message))
+            self._advance(len(batch) - len(rows))
+            for done, struct, counts in self._explained(batch, rows, deaths, failures):
+                structs.append(struct)
+                lengths[done] = counts
             if failures:
                 batch = set_failures(batch, failures)
             if self.last_use:
                 batch = batch.drop_columns([f"pixels {self.sampling}", f"view {self.sampling}"])
-            if self.is_last:
-                self.tally.advance.remote(len(batch) - len(rows))
             column = list_column(structs, lengths)
             return batch.append_column(explanations_column(self.network.name), column)
 
     def _explained(
-        self, batch: pa.Table, rows: np.ndarray, failures: dict[int, Failure]
+        self,
+        batch: pa.Table,
+        rows: np.ndarray,
+        deaths: Sequence[Held],
+        failures: dict[int, Failure],
     ) -> Iterator[tuple[np.ndarray, pa.StructArray, np.ndarray]]:
-        """Some rows at a time, their explanations and how many of them each row has."""
+        """Some rows at a time, their explanations and how many of them each row has.
+
+        One row at a time where processes died of this block, or where the network raised
+        something: so the image that is to blame is found, and its neighbours are explained.
+        """
         samples = tensors(batch[f"pixels {self.sampling}"])
         views = tensors(batch[f"view {self.sampling}"])
         labels = batch["label"].fill_null(-1).to_numpy()
-        start, size = 0, self.batch_size
-        while start < len(rows):
-            chosen = rows[start : start + size]
+        ids = batch["image_id"].to_numpy()
+        blamed = Counter(death.image for death in deaths)
+        if deaths:
+            self._probe(np.zeros_like(samples[:1]), labels[:1])
+        waiting = _one_by_one(rows) if deaths or not len(rows) else [rows]
+        while waiting:
+            chosen = waiting.pop()
+            if len(chosen) > self.batch_size:
+                waiting.append(chosen[self.batch_size :])
+                chosen = chosen[: self.batch_size]
+            if deaths:
+                image = int(ids[chosen[0]])
+                if blamed[image] >= _DEATHS_PROVE:
+                    message = f"it killed {blamed[image]} processes of {self.network.name}"
+                    failures[int(chosen[0])] = Failure("explain", "crashed", message)
+                    self._advance(1)
+                    continue
+                hold(self.tally, image)
             try:
                 explained = self._explain(samples[chosen], labels[chosen])
-            except (MemoryError, RuntimeError) as error:
-                if "memory" not in str(error).lower() and not isinstance(error, MemoryError):
-                    raise
-                if size == 1:
-                    failures[int(chosen[0])] = Failure("explain", "out_of_memory", str(error))
-                    start += 1
-                size = max(size // 2, 1)
+            except Exception as error:
+                if _is_lost_gpu(error):
+                    self._fall(error)
+                no_memory = _lacks_memory(error)
+                if len(chosen) > 1:
+                    if no_memory:
+                        self.batch_size = len(chosen) // 2
+                    waiting += [chosen] if no_memory else _one_by_one(chosen)
+                    continue
+                kind = "out_of_memory" if no_memory else "failed"
+                failures[int(chosen[0])] = Failure("explain", kind, _in_one_line(error))
+                self._advance(1)
                 continue
             finite = np.isfinite(explained["heatmaps"]).all((1, 2, 3, 4))
             finite &= np.isfinite(explained["probabilities"]).all(1)
@@ -118,9 +151,27 @@ class Explain:
                 failures[int(row)] = Failure("explain", "not_finite", message)
             struct, counts = self._structs(explained, views[chosen], labels[chosen], finite)
             yield chosen, struct, counts
-            start += len(chosen)
-            if self.is_last:
-                self.tally.advance.remote(len(chosen))
+            self._advance(len(chosen))
+
+    def _probe(self, blank: np.ndarray, labels: np.ndarray) -> None:
+        """Explain a blank image: if that, too, ends the process, no image is to blame."""
+        hold(self.tally, BLANK)
+        try:
+            self._explain(blank, labels)
+        except Exception as error:
+            if _is_lost_gpu(error):
+                self._fall(error)
+
+    def _advance(self, images: int) -> None:
+        if self.is_last:
+            self.tally.advance.remote(images)
+
+    def _fall(self, error: Exception) -> None:
+        """End this process, in which no later CUDA call can succeed; Ray starts another."""
+        if self.tally is None:
+            raise error
+        fall(self.tally, _in_one_line(error))
+        os._exit(1)
 
     def _explain(self, samples: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
         import torch
@@ -132,7 +183,8 @@ class Explain:
         # An image without a label gets class 0 explained, and that is left out again below.
         wanted = torch.from_numpy(labels.clip(min=0)).long().to(self.device)
         explanation = self.explainer(images, wanted if self.explain_label else None)
-        probabilities = explanation.logits.float().softmax(1).gather(1, explanation.class_ids)
+        probabilities = self.network.probabilities(explanation.logits)
+        probabilities = probabilities.gather(1, explanation.class_ids)
         maps = torch.stack([explanation.heatmaps[name] for name in self.explainer.methods], dim=2)
         return {
             "class_ids": explanation.class_ids.cpu().numpy(),
@@ -206,3 +258,30 @@ def settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, i
         torch.set_num_threads(1)  # there are as many actors as cores
     network.module.to(device)
     return device, batch_size or (_BATCH_ON_GPU if device.type == "cuda" else _BATCH_ON_CPU)
+
+
+def _one_by_one(rows: np.ndarray) -> list[np.ndarray]:
+    """The rows each by itself, the first at the end, from where they are taken."""
+    return list(rows[::-1, None])
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Whether fewer images at a time may do."""
+    import torch
+
+    kinds = MemoryError, torch.OutOfMemoryError
+    return isinstance(error, kinds) or bool(_LACKS_MEMORY.search(str(error)))
+
+
+def _is_lost_gpu(error: Exception) -> bool:
+    """Whether an error says that this process has lost its GPU, not that the network is wrong."""
+    import torch
+
+    if _lacks_memory(error):
+        return False
+    kind = getattr(torch, "AcceleratorError", ())  # torch 2.8 and later
+    return isinstance(error, kind) or bool(_LOST_GPU.search(str(error)))
+
+
+def _in_one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"

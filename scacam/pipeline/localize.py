@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from scacam.localization import localize
 from scacam.pipeline.progress import taken_up
-from scacam.pipeline.rows import explanations_column, list_column
+from scacam.pipeline.rows import Failure, explanations_column, list_column, set_failures
 from scacam.tables import EXPLANATION, unpack_heatmaps
 
 __all__ = ["Localize"]
@@ -32,17 +32,37 @@ class Localize:
         if not len(batch):
             return batch
         with taken_up(self.tally, "localize", batch):
-            for network, input_size in self.input_sizes.items():
-                name = explanations_column(network)
-                lists = batch[name].combine_chunks()
-                if not len(lists.values):
-                    continue
-                rows = pa.Table.from_struct_array(lists.flatten())
-                rows = _located(rows, input_size, self.rectified)
-                structs = rows.cast(EXPLANATION).to_struct_array().chunks
-                column = list_column(structs, lists.value_lengths().to_numpy())
-                batch = batch.set_column(batch.schema.get_field_index(name), name, column)
-            return batch
+            try:
+                return self._localized(batch)
+            except Exception:  # some image's map raises; the others have no part in it
+                return self._one_by_one(batch)
+
+    def _localized(self, batch: pa.Table) -> pa.Table:
+        for network, input_size in self.input_sizes.items():
+            name = explanations_column(network)
+            lists = batch[name].combine_chunks()
+            rows = pa.Table.from_struct_array(lists.flatten())
+            if not len(rows):
+                continue
+            rows = _located(rows, input_size, self.rectified)
+            structs = rows.cast(EXPLANATION).to_struct_array().chunks
+            column = list_column(structs, lists.value_lengths().to_numpy())
+            batch = batch.set_column(batch.schema.get_field_index(name), name, column)
+        return batch
+
+    def _one_by_one(self, batch: pa.Table) -> pa.Table:
+        images: list[pa.Table] = []
+        failures: dict[int, Failure] = {}
+        for row in range(len(batch)):
+            image = batch.slice(row, 1)
+            try:
+                image = self._localized(image)
+            except Exception as error:
+                if not image["error"][0].is_valid:  # else an earlier stage has said why
+                    message = f"{type(error).__name__}: {error}"
+                    failures[row] = Failure("localize", "failed", message)
+            images.append(image)
+        return set_failures(pa.concat_tables(images), failures)
 
 
 def _located(rows: pa.Table, input_size: tuple[int, int], rectified: Collection[str]) -> pa.Table:

@@ -10,13 +10,23 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-__all__ = ["Counts", "shares", "shown", "start_tally", "taken_up"]
+from scacam.errors import RunError
+
+__all__ = ["BLANK", "Counts", "Held", "fall", "hold", "shares", "shown", "start_tally", "taken_up"]
+
+BLANK = -1
+"""The image that every block begins with after a death: whoever dies of that dies of none."""
+
+_DEATHS_MAX = 6
+"""Of processes on one block. Finding an image that kills takes three, and two more for the next."""
+_DEATHS_OF_NONE = 2
 
 _ON_TERMINAL_S = 0.5
 _IN_LOG_S = 15.0
@@ -42,33 +52,70 @@ class Counts(NamedTuple):
     wall: float
 
 
+@dataclass
+class Held:
+    """A block in the hands of a process, known by its first image.
+
+    Attributes:
+        stage, block: what of it the process does, and which it is.
+        node: where the process runs, by Ray's id.
+        image: the one image that the process looks at, or `BLANK`, if it said so.
+        reason: why the process ended itself, if it said so.
+    """
+
+    stage: str
+    block: int
+    node: str
+    image: int | None = None
+    reason: str | None = None
+
+
 class Tally:
     """Counts what the workers report; one actor, on the driver's node."""
 
     def __init__(self) -> None:
         """Start at zero."""
         self.counts = Counts(0, 0, Counter(), Counter(), 0.0)
-        self.entries: Counter[tuple[str, int]] = Counter()
+        self.held: dict[str, Held] = {}
         self.began: float | None = None
 
-    def enter(self, stage: str, block: int) -> int:
-        """Note that a process takes up a block, known by its first image.
+    def enter(self, worker: str, held: Held) -> list[Held]:
+        """Note that a process takes up a block.
 
         Returns:
-            How often this stage has taken up the block before: more than none if the process that
-            did so died.
+            In whose hands it was before: of those that died with it, since whoever is through with
+            a block leaves it. What went down with its node is left out, for that says nothing
+            about the block; so is, by then, what was counted before its node was known to be lost.
         """
         self.began = self.began or time.monotonic()
-        self.entries[stage, block] += 1
-        return self.entries[stage, block] - 1
+        self.held.pop(worker, None)
+        before = self._others(held)
+        self.held[worker] = held
+        nodes = {node["NodeID"] for node in ray.nodes() if node["Alive"]} if before else set()
+        return [one for one in before.values() if one.node in nodes]
+
+    def hold(self, worker: str, image: int) -> None:
+        """Note which image of its block a process looks at."""
+        self.held[worker].image = image
+
+    def fall(self, worker: str, reason: str) -> None:
+        """Note why a process is about to end itself."""
+        self.held[worker].reason = reason
+
+    def leave(self, worker: str, seconds: float) -> None:
+        """Note that a process is through with its block, and what time it took."""
+        held = self.held.pop(worker)
+        for gone in self._others(held):
+            del self.held[gone]
+        self.counts.busy[held.stage] += seconds  # type: ignore[assignment]
+
+    def _others(self, held: Held) -> dict[str, Held]:
+        key = held.stage, held.block
+        return {worker: one for worker, one in self.held.items() if (one.stage, one.block) == key}
 
     def advance(self, images: int) -> None:
         """Note that the last network is through with some images."""
         self.counts = self.counts._replace(through=self.counts.through + images)
-
-    def spend(self, stage: str, seconds: float) -> None:
-        """Note the time that a stage took for a block."""
-        self.counts.busy[stage] += seconds  # type: ignore[assignment]
 
     def write(self, images: int, errors: Counter[str]) -> Counts:
         """Note that a shard is written; returns the counts so far."""
@@ -146,16 +193,50 @@ def shares(counts: Counts, capacities: dict[str, int]) -> dict[str, float]:
 
 
 @contextmanager
-def taken_up(tally: Any, stage: str, batch: pa.Table) -> Iterator[int]:
+def taken_up(tally: Any, stage: str, batch: pa.Table) -> Iterator[list[Held]]:
     """Tell the tally, if there is one, that a stage works on a block, and for how long.
 
     Yields:
-        How often the block was taken up before, by processes that did not live to finish it.
+        The block as it was in the hands of processes that died with it.
+
+    Raises:
+        RunError: they are too many, and the block would be tried for ever; or it is not to blame.
     """
     if tally is None:
-        yield 0
+        yield []
         return
     began = time.monotonic()
     block = batch["image_id"][0].as_py()
-    yield ray.get(tally.enter.remote(stage, block))
-    tally.spend.remote(stage, time.monotonic() - began)
+    held = Held(stage, block, ray.get_runtime_context().get_node_id())
+    deaths = ray.get(tally.enter.remote(_worker(), held))
+    try:
+        of_none = sum(one.image == BLANK for one in deaths)
+        if len(deaths) >= _DEATHS_MAX or of_none >= _DEATHS_OF_NONE:
+            raise RunError(_told(deaths))
+        yield deaths
+    finally:
+        tally.leave.remote(_worker(), time.monotonic() - began)
+
+
+def hold(tally: Any, image: int) -> None:
+    """Tell the tally, before it is too late, which image of its block this process looks at."""
+    ray.get(tally.hold.remote(_worker(), image))
+
+
+def fall(tally: Any, reason: str) -> None:
+    """Tell the tally why this process is about to end itself."""
+    ray.get(tally.fall.remote(_worker(), reason))
+
+
+def _worker() -> str:
+    return ray.get_runtime_context().get_worker_id()
+
+
+def _told(deaths: list[Held]) -> str:
+    last = deaths[-1]
+    addresses = {node["NodeID"]: node["NodeManagerAddress"] for node in ray.nodes()}
+    reason = last.reason or "killed, as for lack of memory, or crashed"
+    return (
+        f"{len(deaths)} processes of {last.stage} died one after the other, with image "
+        f"{last.block} and its block; the last, on node {addresses.get(last.node)}: {reason}"
+    )

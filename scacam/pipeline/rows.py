@@ -6,6 +6,8 @@ network N lie in the column `explanations N`: for each image a list of structs a
 `scacam.tables.EXPLANATION`.
 """
 
+import math
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -17,6 +19,7 @@ from scacam.tables import EXPLANATION
 
 __all__ = [
     "Failure",
+    "bytes_per_image",
     "explanations_column",
     "list_column",
     "sampling_of",
@@ -42,6 +45,11 @@ def sampling_of(preprocessing: Preprocessing) -> Preprocessing:
     """The part of a preprocessing that decides the pixels: networks that share it share them."""
     channels = preprocessing.channels
     return replace(preprocessing, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def bytes_per_image(samplings: Iterable[Preprocessing]) -> int:
+    """Of its pixels in all these samplings, which is nearly all that a row has."""
+    return sum(math.prod(one.crop_size) * one.channels for one in samplings)
 
 
 def set_failures(batch: pa.Table, failures: dict[int, Failure]) -> pa.Table:

@@ -1,22 +1,22 @@
 """The end of the stream: images unfold into shards of explanations, failures into errors."""
 
-import time
 from collections import Counter
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet
 import ray
-from pyarrow import fs
 from ray.data.block import Block, BlockAccessor
 from ray.data.datasource import BlockBasedFileDatasink
 
 from scacam.errors import RunError
+from scacam.pipeline.progress import taken_up
 from scacam.pipeline.rows import explanations_column
 from scacam.storage import join, locate, patiently
+from scacam.storage.parquet import write_table
 from scacam.tables import ERRORS, explanations
 
 __all__ = ["ShardSink"]
@@ -37,6 +37,7 @@ class ShardSink(BlockBasedFileDatasink):
         map_shapes: dict[str, tuple[int, int]],
         tally: Any,
         max_error_rate: float,
+        explained_before: int = 0,
     ) -> None:
         """Write below an output.
 
@@ -45,12 +46,15 @@ class ShardSink(BlockBasedFileDatasink):
             map_shapes: height and width of the heatmaps, by network.
             tally: the `progress.Tally` actor.
             max_error_rate: the share of errors among the images so far above which to give up.
+            explained_before: images explained before, of a run whose errors are tried again.
         """
         filesystem, path = locate(output)
-        super().__init__(path, filesystem=filesystem, file_format="parquet")
+        super().__init__(path, filesystem=filesystem, file_format="parquet", try_create_dir=False)
+        self.output = output
         self.map_shapes = map_shapes
         self.tally = tally
         self.max_error_rate = max_error_rate
+        self.explained_before = explained_before
 
     def write(self, blocks: Iterable[Block], ctx: Any) -> None:
         """Write the blocks of one task.
@@ -62,35 +66,43 @@ class ShardSink(BlockBasedFileDatasink):
         tables = [table for table in tables if len(table)]
         if not tables:
             return
-        began = time.monotonic()  # not before: blocks are localized as they are taken
         images = pa.concat_tables(tables)
-        name = self.filename_provider.get_filename_for_task(ctx.kwargs["write_uuid"], ctx.task_idx)
-        failed = images.filter(pc.is_valid(images["error"]))
-        explained = images.filter(pc.is_null(images["error"]))
-        errors = failed.select(ERRORS.names).cast(ERRORS)
-        patiently(partial(self._write_shard, "errors", name, errors))
-        for network, shape in self.map_shapes.items():
-            lists = explained[explanations_column(network)].combine_chunks()
-            rows = explanations(explained, lists, shape) if len(explained) else explained
-            patiently(partial(self._write_shard, f"explanations/network={network}", name, rows))
-        self.tally.spend.remote("write", time.monotonic() - began)
-        kinds = Counter(failed["error"].to_pylist())
-        counts = ray.get(self.tally.write.remote(len(images), kinds))
-        rate = counts.errors.total() / counts.written
-        if counts.written >= _ENOUGH_TO_JUDGE and rate > self.max_error_rate:
+        with taken_up(self.tally, "write", images):  # not before: taking blocks localizes them
+            name = self.filename_provider.get_filename_for_task(
+                ctx.kwargs["write_uuid"], ctx.task_idx
+            )
+            failed = images.filter(pc.is_valid(images["error"]))
+            explained = images.filter(pc.is_null(images["error"]))
+            errors = failed.select(ERRORS.names).cast(ERRORS)
+            patiently(partial(self._write_shard, "errors", name, errors))
+            for network, shape in self.map_shapes.items():
+                lists = explained[explanations_column(network)].combine_chunks()
+                rows = explanations(explained, lists, shape) if len(explained) else explained
+                patiently(partial(self._write_shard, f"explanations/network={network}", name, rows))
+        self._judge(len(images), errors)
+
+    def _judge(self, images: int, errors: pa.Table) -> None:
+        """Give up on a run in which too much fails, before it has gone through all images."""
+        counts = ray.get(self.tally.write.remote(images, Counter(errors["error"].to_pylist())))
+        failed = counts.errors.total()
+        enough = counts.written >= _ENOUGH_TO_JUDGE
+        if enough and failed > self.max_error_rate * (counts.written + self.explained_before):
+            kinds = counts.errors.most_common()
+            examples = errors.filter(pc.equal(errors["error"], kinds[0][0])).slice(0, 1).to_pylist()
             raise RunError(
-                f"{counts.errors.total():,} of the first {counts.written:,} images failed, more "
-                f"than --max-error-rate {self.max_error_rate:g} allows: "
-                + ", ".join(f"{count:,} {kind}" for kind, count in counts.errors.most_common())
+                f"{failed:,} of the first {counts.written:,} images failed, more than "
+                f"--max-error-rate {self.max_error_rate:g} allows: "
+                + ", ".join(f"{count:,} {kind}" for kind, count in kinds)
+                + "".join(f" ({one['uri']}: {one['message']})" for one in examples)
+                + "; --max-error-rate 1 goes on regardless, and --retry-errors tries the failed "
+                "images again once the run is complete"
             )
 
     def _write_shard(self, folder: str, name: str, rows: pa.Table) -> None:
-        path = join(self.path, folder, name)
+        path = join(self.output, folder, name)
         if len(rows):
-            self.filesystem.create_dir(join(self.path, folder), recursive=True)
-            with self.open_output_stream(path) as file:
-                # A dictionary of heatmaps, which hardly repeat, would only keep zstd from its work.
-                plain = [column for column in rows.column_names if column != "heatmap"]
-                pyarrow.parquet.write_table(rows, file, compression="zstd", use_dictionary=plain)
-        elif self.filesystem.get_file_info(path).type == fs.FileType.File:
-            self.filesystem.delete_file(path)  # an earlier attempt of this task had such rows
+            write_table(path, rows, plain=["heatmap"])
+        else:  # an earlier attempt of this task may have had such rows
+            filesystem, inner_path = locate(path)
+            with suppress(FileNotFoundError):
+                filesystem.delete_file(inner_path)

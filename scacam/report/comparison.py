@@ -22,7 +22,7 @@ class _Row:
     """One pair of networks and one method."""
 
     images: int = 0
-    changed: int = 0
+    changed: float = 0
     outcomes: np.ndarray = field(default_factory=lambda: np.zeros((2, 2), dtype=np.int64))
     sums: np.ndarray = field(default_factory=lambda: np.zeros(3))
     known: np.ndarray = field(default_factory=lambda: np.zeros(3))
@@ -42,7 +42,7 @@ class Summary:
         methods = [name for name in first.methods if name in second.methods]
         self.method = "sca_cam" if "sca_cam" in methods else methods[0]
         self.rows: dict[tuple[str, str, str], _Row] = {}
-        self.classes: dict[tuple[str, str], np.ndarray] = {}
+        self.classes: dict[tuple[str, int, str], np.ndarray] = {}
         self.changed, self.moved = Ranking(_LISTED), Ranking(_LISTED)
 
     def add(self, table: pa.Table) -> None:
@@ -51,26 +51,27 @@ class Summary:
             return
         key = tuple(table[name][0].as_py() for name in ("network_a", "network_b", "method"))
         row = self.rows.setdefault(key, _Row())
-        changed = table["changed"].to_numpy()
+        comparable = not table["changed"].null_count
+        changed = table["changed"].fill_null(False).to_numpy()
         alike = np.stack([table[name].to_numpy() for name in _LIKENESS]).astype(np.float64)
         row.images += len(table)
-        row.changed += int(changed.sum())
+        row.changed += int(changed.sum()) if comparable else float("nan")
         row.sums += np.nansum(alike, 1)
         row.known += np.isfinite(alike).sum(1)
         labels = table["label"].to_numpy()
-        labelled = np.isfinite(labels)
+        labelled = np.isfinite(labels) & comparable
         right = [(table[f"class_id_{run}"].to_numpy() == labels)[labelled] for run in "ab"]
         np.add.at(row.outcomes, (right[0].astype(int), right[1].astype(int)), 1)
         if key[2] == self.method:
-            self._rank(table, changed, alike[0])
+            self._rank(table, changed, alike[0] if comparable else np.full(len(table), np.nan))
 
     def _rank(self, table: pa.Table, changed: np.ndarray, moved: np.ndarray) -> None:
         confidence = np.minimum(*(table[f"probability_{run}"].to_numpy() for run in "ab"))
         self.changed.add(np.where(changed, confidence, np.nan), table)
         self.moved.add(np.where(changed, np.nan, moved), table)
-        names = zip(table["network_a"].to_pylist(), table["class_name_a"].to_pylist(), strict=True)
-        for name, same, value in zip(names, ~changed, moved.tolist(), strict=True):
-            sums = self.classes.setdefault(name, np.zeros(3))
+        classes = table.select(["network_a", "class_id_a", "class_name_a"]).to_pylist()
+        for found, same, value in zip(classes, ~changed, moved.tolist(), strict=True):
+            sums = self.classes.setdefault(tuple(found.values()), np.zeros(3))
             sums += (1, same, value if value == value else 0)
 
     def page(self) -> str:
@@ -84,7 +85,7 @@ class Summary:
             gallery.load()
         classes = [
             (network, name, int(count), same / count, moved / count)
-            for (network, name), (count, same, moved) in self.classes.items()
+            for (network, _, name), (count, same, moved) in self.classes.items()
             if count >= _MIN_IMAGES
         ]
         return render(

@@ -5,8 +5,8 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from scacam.audit.attention import Objects
 from scacam.drawing import TRUTH, draw_box, fit, grey
+from scacam.evaluation.truth import TrueBoxes
 from scacam.report.html import Picture, encoded
 from scacam.runs.results import Row, Run
 
@@ -22,7 +22,7 @@ class Gallery:
         missing: uris of photos that could not be read.
     """
 
-    def __init__(self, run: Run, objects: Objects | None = None) -> None:
+    def __init__(self, run: Run, objects: TrueBoxes | None = None) -> None:
         """Draw from a run; where the objects are known, draw their boxes as well."""
         self.run, self.objects = run, objects
         self.missing: set[str] = set()

@@ -14,11 +14,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from PIL import Image
 
-from scacam.audit.attention import BORDER_AREA, CORNER_AREA, Objects
+from scacam.audit.attention import BORDER_AREA, CORNER_AREA
 from scacam.audit.audit import MIN_IMAGES, Audit, ClassAudit, NetworkAudit, PairAudit, audit
 from scacam.audit.likeness import standard_ranks
 from scacam.drawing import colours
 from scacam.errors import RunError
+from scacam.evaluation.truth import TrueBoxes
 from scacam.report.gallery import Gallery, share
 from scacam.report.html import Picture, encoded, render
 from scacam.report.sections import (
@@ -52,7 +53,7 @@ def report(run: Run) -> str:
 class _Content:
     """What the template of the report is filled with."""
 
-    def __init__(self, run: Run, found: Audit, objects: Objects | None) -> None:
+    def __init__(self, run: Run, found: Audit, objects: TrueBoxes | None) -> None:
         self.run, self.found = run, found
         self.networks = [network for network in found.networks.values() if network.images]
         self.gallery = Gallery(run, objects)

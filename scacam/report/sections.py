@@ -1,5 +1,6 @@
 """Sections of the report about what other jobs measured and left in `OUT/metrics`."""
 
+from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
@@ -8,39 +9,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from markupsafe import Markup
 
-from scacam.audit.attention import Objects
 from scacam.audit.maps import Ranking
+from scacam.evaluation.intervals import Row, compared
+from scacam.evaluation.metrics import headline, titles
+from scacam.evaluation.sweep import RIGHT_IOU
+from scacam.evaluation.truth import TrueBoxes
 from scacam.report.charts import lines
 from scacam.runs.results import Run
 
 __all__ = ["best_and_worst", "class_activation_weights", "localization", "true_boxes"]
 
-_METRICS = {
-    "max_box_acc_v2": "MaxBoxAccV2",
-    "max_box_acc": "MaxBoxAcc",
-    "box_acc_20": "box at 20%",
-    "pointing_game": "pointing game",
-    "energy_pointing_game": "energy in boxes",
-    "pxap": "PxAP",
-    "top1_max_box_acc_v2": "top-1 MaxBoxAccV2",
-    "top1_box_acc_20": "top-1 box at 20%",
-    "top1_pointing_game": "top-1 pointing game",
-}
 _CHANNELS, _CLASSES = 50, 3
 _RATIOS = (-1.0, 3.0)
-_CURVES = ("max_box_acc_v2", "top1_max_box_acc_v2")
-_IOU = 0.5
 _PER_CHANNEL = ("class_weights", "averaged_gradients")
 
 
-def true_boxes(run: Run) -> Objects | None:
+def true_boxes(run: Run) -> TrueBoxes | None:
     """Where the objects of a run's images are, if it was evaluated against boxes."""
     dataset = run.metrics("localization_boxes")
     if dataset is None:
         return None
-    table = dataset.to_table().sort_by("image_id")
-    corners = [table[name].to_numpy() for name in ("x0", "y0", "x1", "y1")]
-    return Objects(table["image_id"].to_numpy(), np.stack(corners, axis=1).astype(np.float32))
+    return TrueBoxes.from_table(dataset.to_table().sort_by("image_id"))
 
 
 def localization(run: Run) -> list[dict[str, Any]]:
@@ -48,35 +37,33 @@ def localization(run: Run) -> list[dict[str, Any]]:
     dataset = run.metrics("localization")
     if dataset is None:
         return []
-    rows = dataset.to_table().to_pylist()
     sections = []
-    for network, of_network in groupby(rows, key=lambda row: row["network"]):
-        cells = {(row["method"], row["metric"]): row for row in of_network}
-        methods = list(dict.fromkeys(method for method, _ in cells))
-        found = {metric for _, metric in cells}
+    for network, rows in groupby(dataset.to_table().to_pylist(), key=lambda row: row["network"]):
+        of_network = list(rows)
+        names = {row["metric"] for row in of_network}
+        shown = titles(names)
         sections.append(
             {
                 "network": network,
-                "images": max(row["images"] for row in cells.values()),
-                "metrics": {name: title for name, title in _METRICS.items() if name in found},
-                "methods": methods,
-                "cells": cells,
-                "chart": _curves(run, network),
-                "differences": _differences(run, network, methods, cells),
+                "images": max(row["images"] for row in of_network),
+                "metrics": shown,
+                "methods": list(dict.fromkeys(row["method"] for row in of_network)),
+                "cells": {(row["method"], row["metric"]): row for row in of_network},
+                "chart": _curves(run, network, headline(names)),
+                "differences": _differences(run, network, of_network, shown),
             }
         )
     return sections
 
 
-def _curves(run: Run, network: str) -> Markup | None:
+def _curves(run: Run, network: str, metric: str | None) -> Markup | None:
     """Accuracy over the threshold, a curve per method; methods with the same curve share it."""
     dataset = run.metrics("localization_curves")
     if dataset is None:
         return None
-    where = (pc.field("network") == network) & (pc.field("iou") == _IOU)
-    table = dataset.to_table(filter=where)
-    metric = next((name for name in _CURVES if name in table["metric"].to_pylist()), None)
-    table = table.filter(pc.field("metric") == metric).sort_by("threshold")
+    where = (pc.field("network") == network) & (pc.field("iou") == RIGHT_IOU)
+    where = where & (pc.field("metric") == metric)
+    table = dataset.to_table(filter=where).sort_by("threshold")
     series: dict[tuple[float, ...], list[str]] = {}
     for method in pc.unique(table["method"]).to_pylist():
         accuracy = table.filter(pc.field("method") == method)["accuracy"].to_pylist()
@@ -88,38 +75,23 @@ def _curves(run: Run, network: str) -> Markup | None:
     return lines(
         {", ".join(names): (thresholds, np.array(curve)) for curve, names in series.items()},
         "threshold, as a share of the map's maximum",
-        f"images with a box of IoU ≥ {_IOU}",
+        f"images with a box of IoU ≥ {RIGHT_IOU}",
         alt,
         percent=True,
     )
 
 
 def _differences(
-    run: Run, network: str, methods: list[str], cells: dict[tuple[str, str], dict[str, Any]]
+    run: Run, network: str, rows: list[Row], shown: Mapping[str, str]
 ) -> dict[str, Any] | None:
-    """The best method against each other one, in the first metric there is."""
+    """The best method against each other one."""
     dataset = run.metrics("differences")
-    metric = next((name for name in _METRICS if any(m == name for _, m in cells)), None)
-    if dataset is None or metric is None:
+    if dataset is None:
         return None
-    candidates = [method for method in methods if method in run.methods]
-    best = max(candidates, key=lambda method: cells[method, metric]["value"])
-    where = (pc.field("network") == network) & (pc.field("metric") == metric)
-    others = []
-    for row in dataset.to_table(filter=where).to_pylist():
-        sign = 1 if row["method"] == best else -1
-        if best in (row["method"], row["other"]):
-            low, high = sorted((sign * row["ci_low"], sign * row["ci_high"]))
-            others.append(
-                {
-                    "other": row["other"] if sign == 1 else row["method"],
-                    "difference": sign * row["difference"],
-                    "low": low,
-                    "high": high,
-                    "noise": low <= 0 <= high,
-                }
-            )
-    return {"metric": _METRICS[metric], "best": best, "others": others}
+    found = compared(rows, dataset.to_table(filter=pc.field("network") == network).to_pylist())
+    if found is None:
+        return None
+    return {"metric": shown[found.metric], "best": found.best, "others": found.others}
 
 
 def class_activation_weights(run: Run) -> list[dict[str, Any]]:

@@ -50,6 +50,8 @@ def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]
         "class_weights": network.head.classifier,
         "feature_shape": list(network.feature_shape),
         "num_classes": network.num_classes,
+        "output_kind": network.output.kind,
+        "last_step": network.output.last_step,
         "preprocessing": asdict(network.preprocessing),
         "categories_sha256": _digest_of_names(network.categories),
         "methods": [name for name in methods if network.supports(name)],

@@ -1,7 +1,8 @@
 """One job at a time on an output: an flock on local disk, a lease on object storage.
 
 A lock of a dead job never blocks the next: the kernel drops an flock with its process, and a lease
-that nobody has renewed for its duration is taken over.
+that nobody has renewed for its duration is taken over. A lease changes hands by compare-and-swap:
+of two jobs that want it one wins, at once, and neither writes over the other's.
 """
 
 import _thread
@@ -12,7 +13,8 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
 from pyarrow import fs
 
@@ -23,7 +25,7 @@ __all__ = ["locked"]
 
 _LEASE_S = 30.0
 _RENEWAL_S = 8.0
-_SETTLING_S = 2.0
+_FREE = b""
 _BUSY = "another job is writing to {}; wait until it has ended"
 
 logger = logging.getLogger("scacam")
@@ -34,19 +36,23 @@ def locked(output: str) -> Iterator[None]:
     """Hold the output's lock inside this context.
 
     Raises:
-        RunError: another job holds it.
+        RunError: another job holds it, or has taken it over; or the output cannot be written.
     """
-    filesystem, path = locate(join(output, ".lock"))
-    if isinstance(filesystem, fs.LocalFileSystem):
-        with _flock(path, output):
-            yield
-    else:
-        with _lease(filesystem, path, output):
-            yield
+    with ExitStack() as held:
+        try:
+            filesystem, path = locate(join(output, ".lock"))
+            if isinstance(filesystem, fs.LocalFileSystem):
+                held.enter_context(_flock(path, output))
+            else:
+                held.enter_context(_lease(filesystem.handler, path, output))
+        except (OSError, ValueError) as error:
+            raise RunError(f"cannot write to output {output}: {error}") from error
+        yield
 
 
 @contextmanager
 def _flock(path: str, output: str) -> Iterator[None]:
+    os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, "a") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -56,23 +62,29 @@ def _flock(path: str, output: str) -> Iterator[None]:
 
 
 @contextmanager
-def _lease(filesystem: fs.FileSystem, path: str, output: str) -> Iterator[None]:
+def _lease(store: Any, path: str, output: str) -> Iterator[None]:
     owner = f"{os.uname().nodename} {uuid.uuid4()}"
-    _wait_out(filesystem, path, output)
-    _write(filesystem, path, owner)
-    time.sleep(_SETTLING_S)  # of two that began at once, the one that wrote last stays
-    if not _read(filesystem, path).startswith(owner):
+
+    def stamped() -> bytes:
+        return f"{owner} {time.time()}".encode()
+
+    tag = store.swap(path, stamped(), _tag_when_free(store, path, output))
+    if tag is None:
         raise RunError(_BUSY.format(output))
-    released = threading.Event()
+    released, lost = threading.Event(), threading.Event()
 
     def renew() -> None:
+        nonlocal tag
         while not released.wait(_RENEWAL_S):
             try:
-                if not _read(filesystem, path).startswith(owner):
-                    logger.critical("lost the lease of %s to another job; stopping", output)
-                    _thread.interrupt_main()
-                    return
-                _write(filesystem, path, owner)
+                renewed = store.swap(path, stamped(), tag)
+                if renewed is None:  # also when an earlier renewal was written but not answered
+                    content, renewed = store.fetch(path)
+                    if not content.startswith(owner.encode()):
+                        lost.set()
+                        _thread.interrupt_main()
+                        return
+                tag = renewed
             except OSError as error:
                 logger.warning("cannot renew the lease of %s: %s", output, error)
 
@@ -80,37 +92,29 @@ def _lease(filesystem: fs.FileSystem, path: str, output: str) -> Iterator[None]:
     thread.start()
     try:
         yield
+    except KeyboardInterrupt as stop:
+        if lost.is_set():
+            raise RunError(f"stopped: another job has taken over {output}") from stop
+        raise
     finally:
         released.set()
         thread.join()
         with suppress(OSError):  # a store that is gone: the lease runs out by itself
-            filesystem.delete_file(path)
+            store.swap(path, _FREE, tag)
 
 
-def _wait_out(filesystem: fs.FileSystem, path: str, output: str) -> None:
-    """Return when no lease is held: at once, or when an abandoned one has run out."""
-    first = _read(filesystem, path)
-    if not first:
-        return
+def _tag_when_free(store: Any, path: str, output: str) -> str | None:
+    """What to swap when no lease is held: at once, or when an abandoned one has run out."""
+    content, first = store.fetch(path)
+    if content == _FREE:
+        return first
     logger.info("waiting up to %.0f s to see whether the last job on %s lives", _LEASE_S, output)
     deadline = time.monotonic() + _LEASE_S
     while time.monotonic() < deadline:
         time.sleep(1)
-        now = _read(filesystem, path)
-        if not now:
-            return
-        if now != first:
+        content, tag = store.fetch(path)
+        if content == _FREE:
+            return tag
+        if tag != first:
             raise RunError(_BUSY.format(output))
-
-
-def _read(filesystem: fs.FileSystem, path: str) -> str:
-    try:
-        with filesystem.open_input_stream(path) as file:
-            return file.read().decode()
-    except FileNotFoundError:
-        return ""
-
-
-def _write(filesystem: fs.FileSystem, path: str, owner: str) -> None:
-    with filesystem.open_output_stream(path) as file:
-        file.write(f"{owner} {time.time()}".encode())
+    return first

@@ -43,6 +43,8 @@ def prove(output: str, networks: Sequence[str], images: int) -> Proof:
     errors: Counter[str] = Counter()
     index: list[dict[str, object]] = []
     for shard, table in _read(output, "errors", ["image_id", "error"]):
+        if not len(table):
+            continue
         ids = table["image_id"].to_numpy()
         np.add.at(failed, ids, 1)
         errors.update(table["error"].to_pylist())

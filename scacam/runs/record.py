@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from scacam.errors import RunError
-from scacam.storage import join, locate, read_bytes
+from scacam.storage import join, read_bytes, write_bytes
 from scacam.tables import SCHEMA_VERSION
 
 __all__ = ["differences", "read_record", "same_classes", "write_record"]
@@ -22,6 +22,9 @@ _FINGERPRINT = (
     "bfloat16",
     "box_threshold",
 )
+
+_OLD_NETWORK = {"output_kind": "softmax"}
+"""How runs from before this was written treated every network."""
 
 
 def read_record(output: str) -> dict[str, Any] | None:
@@ -49,16 +52,15 @@ def read_record(output: str) -> dict[str, Any] | None:
 
 
 def write_record(output: str, record: dict[str, Any]) -> None:
-    """Write `run.json` beside the old one, then move it there: no process that dies halves it."""
-    filesystem, path = locate(join(output, "run.json"))
-    with filesystem.open_output_stream(path + ".new") as file:
-        file.write(json.dumps(record, indent=2).encode())
-    filesystem.move(path + ".new", path)
+    """Write `run.json`, all of it or nothing."""
+    write_bytes(join(output, "run.json"), json.dumps(record, indent=2).encode())
 
 
 def differences(existing: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """How two runs differ in what determines their results, in words; empty if they do not."""
     versions = {"scacam version": [r["versions"]["scacam"] for r in (existing, wanted)]}
+    networks = [{**_OLD_NETWORK, **network} for network in existing.get("networks", ())]
+    existing = {**existing, "networks": networks}
     before = dict(_flat({key: existing.get(key) for key in _FINGERPRINT}))
     after = dict(_flat({key: wanted.get(key) for key in _FINGERPRINT}))
     pairs = {key: [before.get(key), after.get(key)] for key in {**before, **after}} | versions

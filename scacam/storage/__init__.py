@@ -1,6 +1,7 @@
 """Where files are, local or on object storage, and how they are read and written."""
 
 from scacam.storage.files import (
+    OUT_OF_REACH,
     PATIENCE_S,
     is_transient,
     join,
@@ -8,6 +9,12 @@ from scacam.storage.files import (
     patiently,
     read_ahead,
     read_bytes,
+    uri_of,
+    write_bytes,
+    writing,
 )
 
-__all__ = ["PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead", "read_bytes"]
+__all__ = [
+    "OUT_OF_REACH", "PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead",
+    "read_bytes", "uri_of", "write_bytes", "writing",
+]  # fmt: skip

@@ -1,18 +1,23 @@
 """Where files are: a path, local or on object storage, to a filesystem and the path on it."""
 
+import io
 import os
+import re
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import lru_cache
-from typing import TypeVar
+from contextlib import contextmanager
+from typing import IO, TypeVar
+from urllib.parse import unquote
 
 from pyarrow import fs
 
-from scacam.storage import s3
-
-__all__ = ["PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead", "read_bytes"]
+__all__ = [
+    "OUT_OF_REACH", "PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead",
+    "read_bytes", "uri_of", "write_bytes", "writing",
+]  # fmt: skip
 
 Item = TypeVar("Item")
 Content = TypeVar("Content")
@@ -23,33 +28,62 @@ _READ_AHEAD = 32
 PATIENCE_S = 120.0
 """How long a store may fail before a job gives up on it."""
 
-_TRANSIENT = (
-    "NETWORK_CONNECTION", "SLOW_DOWN", "INTERNAL_FAILURE", "SERVICE_UNAVAILABLE", "THROTTLING",
-    "REQUEST_TIMEOUT", "HTTP status 429", "HTTP status 50", "curlCode", "imed out",
-)  # fmt: skip
+OUT_OF_REACH = "store out of reach"
+"""How the message of a transient error begins, for who retries by messages."""
+
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_PACKAGES = {
+    "abfs": "adlfs", "abfss": "adlfs", "az": "adlfs", "gcs": "gcsfs", "gs": "gcsfs",
+    "hf": "huggingface_hub", "http": "aiohttp", "https": "aiohttp", "memory": "fsspec",
+}  # fmt: skip
+_first_use = threading.Lock()  # lru_cache alone lets threads that come at once build one each
 
 
 def locate(path: str) -> tuple[fs.FileSystem, str]:
     """The filesystem that holds a path, and the path as that filesystem wants it.
 
     Args:
-        path: a local path, or `s3://bucket/key` with the key as it is, never percent-encoded.
-            Credentials, region and `AWS_ENDPOINT_URL` are taken from the environment.
+        path: a local path; `file://` with the path percent-encoded; `s3://bucket/key` (or `s3a://`)
+            with the key as it is, never percent-encoded; or what the packages of fsspec know by
+            `gs://`, `az://`, `abfs://`, `hf://`, `http://` and `https://`. Credentials, region and
+            `AWS_ENDPOINT_URL` are taken from the environment.
 
     Raises:
         OSError: the bucket cannot be reached.
-        ValueError: the scheme is unknown.
+        ValueError: the scheme is unknown, or its package is not installed.
     """
-    scheme, separator, rest = path.partition("://")
-    if not separator:
+    found = _SCHEME.match(path)
+    if not found:
         return fs.LocalFileSystem(), os.path.abspath(path)
-    host, _, key = rest.partition("/")
-    return _filesystem(scheme, host), f"{host}/{key}" if scheme == "s3" else f"/{key}"
+    scheme, rest = found[1].lower(), path[found.end() :]
+    host, slash, inner_path = rest.partition("/")
+    if scheme == "file":
+        if host not in ("", "localhost"):
+            raise ValueError(f"{path} is on another host")
+        return fs.LocalFileSystem(), unquote(slash + inner_path)
+    if scheme in ("s3", "s3a"):
+        if not host:
+            raise ValueError(f"{path} names no bucket")
+        from scacam.storage.s3 import open_bucket  # half a second that local files need not cost
+
+        with _first_use:
+            return open_bucket(host), rest
+    if scheme not in _PACKAGES:
+        known = ", ".join(["file", "s3", "s3a", *_PACKAGES])
+        raise ValueError(f"{path}: scheme {scheme}:// is unknown; known are {known}")
+    from scacam.storage.stores import open_store
+
+    with _first_use:
+        return open_store(path, _PACKAGES[scheme])
 
 
-@lru_cache(maxsize=32)
-def _filesystem(scheme: str, host: str) -> fs.FileSystem:
-    return fs.FileSystem.from_uri(f"{scheme}://{host or '/'}")[0]
+def uri_of(source: str, inner_path: str) -> str:
+    """What `locate` takes for a path on the filesystem of `source`."""
+    found = _SCHEME.match(source)
+    scheme = found[1].lower() if found else "file"
+    if scheme == "file" or _SCHEME.match(inner_path):  # fsspec's paths of http:// begin with it
+        return inner_path
+    return f"{'s3' if scheme == 's3a' else scheme}://{inner_path}"
 
 
 def join(folder: str, *names: str) -> str:
@@ -61,16 +95,53 @@ def read_bytes(path: str, offset: int | None = None, size: int | None = None) ->
     """The content of a file, or `size` bytes of it from an offset.
 
     Raises:
-        OSError: it cannot be read; a FileNotFoundError if it is not there.
+        FileNotFoundError: it is not there.
+        PermissionError: the credentials do not allow it.
+        ConnectionError: the store was throttling or out of reach; reading again may succeed.
+        OSError: anything else.
     """
     if size == 0:
         return b""
     filesystem, inner_path = locate(path)
-    if isinstance(filesystem, fs.S3FileSystem) and s3.can_read(inner_path):
-        bucket, _, key = inner_path.partition("/")
-        return s3.read_object(bucket, filesystem.region, key, offset, size)
+    if not isinstance(filesystem, fs.LocalFileSystem):
+        return filesystem.handler.read(inner_path, offset, size)
     with filesystem.open_input_file(inner_path) as file:
         return file.read() if offset is None or size is None else file.read_at(size, offset)
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Write a file, all of it or nothing, in a folder that is made if need be.
+
+    Raises:
+        OSError: as `read_bytes`.
+    """
+    filesystem, inner_path = locate(path)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        with writing(f"{inner_path}.new") as file:
+            file.write(content)
+        os.replace(f"{inner_path}.new", inner_path)
+    else:
+        filesystem.handler.write(inner_path, content)
+
+
+@contextmanager
+def writing(path: str) -> Iterator[IO[bytes]]:
+    """A file to write, in a folder that is made if need be.
+
+    On a store it is there when the context ends without an error, by one request.
+
+    Raises:
+        OSError: as `read_bytes`.
+    """
+    filesystem, inner_path = locate(path)
+    if isinstance(filesystem, fs.LocalFileSystem):
+        os.makedirs(os.path.dirname(inner_path), exist_ok=True)
+        with open(inner_path, "wb") as file:
+            yield file
+    else:
+        buffer = io.BytesIO()
+        yield buffer
+        filesystem.handler.write(inner_path, buffer.getvalue())
 
 
 def read_ahead(read: Callable[[Item], Content], items: Iterable[Item]) -> Iterator[Content]:
@@ -86,8 +157,8 @@ def read_ahead(read: Callable[[Item], Content], items: Iterable[Item]) -> Iterat
 
 
 def is_transient(error: Exception) -> bool:
-    """Whether reading again later may succeed: the store was throttling, or out of reach."""
-    return isinstance(error, ConnectionError) or any(sign in str(error) for sign in _TRANSIENT)
+    """Whether trying again later may succeed: the store was throttling, or out of reach."""
+    return isinstance(error, ConnectionError)
 
 
 def patiently(action: Callable[[], None]) -> None:

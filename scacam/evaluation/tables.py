@@ -1,0 +1,75 @@
+"""Arrow schemas of what an evaluation leaves in `OUT/metrics`."""
+
+import pyarrow as pa
+
+from scacam.evaluation.measures import MEASURES
+
+__all__ = ["CURVES", "DIFFERENCES", "IMAGE_SCORES", "LOCALIZATION", "TRUE_BOXES"]
+
+LOCALIZATION = pa.schema(
+    [
+        ("network", pa.string()),
+        ("method", pa.string()),
+        ("metric", pa.string()),
+        ("value", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("images", pa.int64()),
+        ("thresholds", pa.list_(pa.float64())),
+    ]
+)
+"""Metrics as fractions, with 95 % intervals. Of metrics whose thresholds are the best on the data
+set: these thresholds, as shares of the maximum."""
+
+DIFFERENCES = pa.schema(
+    [
+        ("network", pa.string()),
+        ("metric", pa.string()),
+        ("method", pa.string()),
+        ("other", pa.string()),
+        ("difference", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("images", pa.int64()),
+    ]
+)
+"""The metric of a method minus that of another on the same images, with paired intervals."""
+
+CURVES = pa.schema(
+    [
+        ("network", pa.string()),
+        ("method", pa.string()),
+        ("metric", pa.string()),
+        ("iou", pa.float64()),
+        ("threshold", pa.float64()),
+        ("accuracy", pa.float64()),
+    ]
+)
+"""The share of images with a right box, over the threshold on the map, by the overlap wanted."""
+
+IMAGE_SCORES = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("class_id", pa.int32()),
+        ("method", pa.string()),
+        ("top1", pa.bool_()),
+        ("iou", pa.float64()),
+        ("iou_any", pa.float64()),
+        *((name, pa.float64()) for name in MEASURES),
+    ]
+)
+"""How one method localizes one image: whether the top class is the labelled one; the best overlap
+of the largest contour's box and of any contour's, at the thresholds of `max_box_acc` and of
+`max_box_acc_v2` at IoU 0.5; the measures of `scacam.evaluation.measures.MEASURES`."""
+
+TRUE_BOXES = pa.schema(
+    [
+        ("image_id", pa.int64()),
+        ("x0", pa.float64()),
+        ("y0", pa.float64()),
+        ("x1", pa.float64()),
+        ("y1", pa.float64()),
+    ]
+)
+"""The true boxes that a run was evaluated against, one row per object, by image id."""

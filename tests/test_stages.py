@@ -1,0 +1,229 @@
+"""The stages of the explain job on one block, called as Ray calls them: whose image fails."""
+
+import shutil
+import threading
+from http.client import HTTPConnection
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+from servers import BUCKET, ObjectStore
+
+from scacam.errors import ImageError, RunError
+from scacam.images import Preprocessing, see
+from scacam.localization import localize
+from scacam.pipeline import decode
+from scacam.pipeline.cluster import start_ray
+from scacam.pipeline.decode import Decode
+from scacam.pipeline.localize import Localize
+from scacam.pipeline.progress import start_tally
+from scacam.pipeline.rows import explanations_column
+from scacam.pipeline.sink import ShardSink
+from scacam.storage.s3 import open_bucket
+from scacam.tables import EXPLANATION, MANIFEST, pack_heatmaps
+
+SMALL = Preprocessing((32, 32), 32)
+
+
+def manifest(uris: list[str]) -> pa.Table:
+    rows = [{"image_id": index, "uri": uri} for index, uri in enumerate(uris)]
+    return pa.Table.from_pylist(rows, schema=MANIFEST)
+
+
+def failures(block: pa.Table) -> dict[int, tuple[str, str]]:
+    rows = block.select(["image_id", "stage", "error"]).to_pylist()
+    return {row["image_id"]: (row["stage"], row["error"]) for row in rows if row["error"]}
+
+
+def test_whatever_an_image_raises_costs_that_image_alone(photo_folder, monkeypatch):
+    # No file is known that makes the geometry raise. The first that does must not stop a job.
+    def doubtful(data, samplings, view):
+        seen = see(data, samplings, view)
+        if seen[0] == (210, 195):
+            raise ZeroDivisionError("by nothing")
+        return seen
+
+    monkeypatch.setattr(decode, "see", doubtful)
+    uris = [str(path) for path in sorted(photo_folder(4).iterdir())]
+    block = Decode([SMALL], "center_crop", None)(manifest(uris))
+    assert failures(block) == {1: ("decode", "failed")}
+    assert block["message"][1].as_py() == "ZeroDivisionError: by nothing"
+    assert block["width"].to_pylist() == [200, 0, 220, 230]
+
+
+def test_who_interrupts_is_obeyed(photo_folder, monkeypatch):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(decode, "see", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Decode([SMALL], "center_crop", None)(manifest([str(next(photo_folder(1).iterdir()))]))
+
+
+def test_an_image_that_is_decoded_apart_fails_for_the_same_reason(photo_bytes):
+    data = photo_bytes("PNG")
+    with decode._isolated() as run:
+        for broken, kind in ((b"junk", "not_an_image"), (data[:100], "corrupt")):
+            with pytest.raises(ImageError) as raised:
+                run(see, broken, [SMALL], "center_crop")
+            assert raised.value.kind == kind
+        size, _ = run(see, data, [SMALL], "center_crop")
+    assert size == (300, 200)
+
+
+def explained(maps: dict[str, np.ndarray]) -> pa.Table:
+    """A block as the networks leave it: of each, one map `[N, h, w]` of every image."""
+    count = len(next(iter(maps.values())))
+    columns: dict[str, object] = {"image_id": np.arange(count)}
+    columns["uri"] = [f"{index}.jpg" for index in range(count)]
+    columns |= {"width": pa.array([64] * count, pa.int32()), "label": pa.nulls(count, pa.int32())}
+    columns |= {"height": columns["width"]}
+    columns |= {name: pa.nulls(count, pa.string()) for name in ("stage", "error", "message")}
+    for network, heatmaps in maps.items():
+        packed, scales = pack_heatmaps(heatmaps)
+        values = {"view_x0": 0, "view_y0": 0, "view_x1": 64, "view_y1": 64, "class_id": 0}
+        values |= {"rank": 1, "probability": 1, "method": "gap_cam"}
+        values |= {"map_height": heatmaps.shape[1], "map_width": heatmaps.shape[2]}
+        lists = [
+            [values | {"heatmap": heatmap.ravel(), "scale": scale}]
+            for heatmap, scale in zip(packed, scales, strict=True)
+        ]
+        columns[explanations_column(network)] = pa.array(lists, pa.list_(pa.struct(EXPLANATION)))
+    return pa.table(columns)
+
+
+def spoilt(block: pa.Table, network: str, row: int) -> pa.Table:
+    """The block with a map of too few cells."""
+    name = explanations_column(network)
+    lists = block[name].to_pylist()
+    lists[row][0]["heatmap"] = lists[row][0]["heatmap"][1:]
+    column = pa.array(lists, block.schema.field(name).type)
+    return block.set_column(block.schema.get_field_index(name), name, column)
+
+
+def test_a_map_that_raises_costs_its_image_alone(tmp_path):
+    rng = np.random.default_rng(0)
+    maps = {"one": rng.standard_normal((5, 4, 4)), "two": rng.standard_normal((5, 3, 3))}
+    stage = Localize({"one": (32, 32), "two": (32, 32)}, [], None)
+    whole = stage(explained(maps))
+    found = stage(spoilt(explained(maps), "two", 3))
+    assert failures(whole) == {}
+    assert failures(found) == {3: ("localize", "failed")}
+    assert "ValueError" in found["message"][3].as_py()
+    others = [0, 1, 2, 4]
+    for column in (explanations_column("one"), explanations_column("two")):
+        assert found[column].take(others) == whole[column].take(others)
+    views = np.array([[0, 0, 64, 64]] * 5)
+    peaks, _ = localize(maps["one"], np.zeros(5, bool), views, (32, 32))
+    first = [
+        lists[0]["peak_x"] for lists in found[explanations_column("one")].take(others).to_pylist()
+    ]
+    assert first == peaks[others, 0].tolist()
+
+    start_ray()
+    sink = ShardSink(str(tmp_path), {"one": (4, 4), "two": (3, 3)}, start_tally(), 1.0)
+    sink.write([found], SimpleNamespace(kwargs={"write_uuid": "task"}, task_idx=0))
+    for network in maps:
+        rows = ds.dataset(tmp_path / "explanations" / f"network={network}").to_table()
+        assert rows["image_id"].to_pylist() == others
+    assert ds.dataset(tmp_path / "errors").to_table()["image_id"].to_pylist() == [3]
+
+
+def test_what_failed_before_keeps_its_reason():
+    block = spoilt(
+        explained({"one": np.random.default_rng(0).standard_normal((2, 4, 4))}), "one", 1
+    )
+    for name, value in (("stage", "explain"), ("error", "not_finite"), ("message", "NaN")):
+        column = pa.array([None, value], pa.string())
+        block = block.set_column(block.schema.get_field_index(name), name, column)
+    found = Localize({"one": (32, 32)}, [], None)(block)
+    assert failures(found) == {1: ("explain", "not_finite")}
+
+
+@pytest.fixture
+def store(tmp_path: Path, monkeypatch):
+    folder = tmp_path / "store"
+    folder.mkdir()
+    found = ObjectStore(folder)
+    for name, value in found.environment.items():
+        monkeypatch.setenv(name, value)
+    open_bucket.cache_clear()  # other tests' stores had the same name
+    yield found
+    open_bucket.cache_clear()
+    found.stop()
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def moody(store, monkeypatch):
+    """Stands before the store, and has no time for objects that are called `busy`."""
+
+    class Moody(BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path.endswith("/busy.jpg"):
+                return self.send_error(503)
+            behind = HTTPConnection("127.0.0.1", store.ports[0])
+            behind.request(self.command, self.path, headers=dict(self.headers))
+            answer = behind.getresponse()
+            self.send_response(answer.status)
+            for name, value in answer.getheaders():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(answer.read())
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Moody)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    open_bucket.cache_clear()
+    yield
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("where", ["first", "last"])
+def test_one_image_that_the_store_never_gives_is_a_row(
+    store, moody, photo_folder, monkeypatch, where
+):
+    monkeypatch.setattr(decode, "PATIENCE_S", 2.0)
+    folder = photo_folder(40)  # more than are read at once
+    (folder / "busy.jpg").write_bytes(b"")
+    store.upload(folder, "photos")
+    names = [path.name for path in sorted(folder.glob("photo*"))]
+    names.insert(0 if where == "first" else len(names), "busy.jpg")
+    uris = [f"s3://{BUCKET}/photos/{name}" for name in names]
+    block = Decode([SMALL], "center_crop", None)(manifest(uris))
+    assert failures(block) == {names.index("busy.jpg"): ("read", "unreadable")}
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("given", [0, 20])
+def test_a_store_that_is_out_stops_the_job(store, photo_folder, monkeypatch, given):
+    """From the first image of a block on, or in the midst of it."""
+    monkeypatch.setattr(decode, "PATIENCE_S", 2.0)
+    folder = photo_folder(80)
+    store.upload(folder, "photos")
+    uris = [f"s3://{BUCKET}/photos/{path.name}" for path in sorted(folder.iterdir())]
+    seen = []
+
+    def stopping(*arguments):
+        if len(seen) == given:
+            store.stop()
+        seen.append(1)
+        return see(*arguments)
+
+    monkeypatch.setattr(decode, "see", stopping)
+    if not given:
+        store.stop()
+    with pytest.raises(RunError, match="out of reach for 2 s"):
+        Decode([SMALL], "center_crop", None)(manifest(uris))
+    assert len(seen) < len(uris)
