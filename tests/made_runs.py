@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 from scacam.audit.caw import CAW
 from scacam.evaluation.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
 from scacam.localization import localize
+from scacam.runs.proof import prove
 from scacam.tables import (
     ERRORS,
     EXPLANATION,
@@ -27,12 +28,15 @@ RELU = {"feature_map": False, "gap_cam": False, "grad_cam": True, "sca_cam": Fal
 
 @dataclass
 class Said:
-    """What one network says of N images: K classes each, and `[N, K, h, w]` maps by method."""
+    """What one network says of N images: K classes each, and `[N, K, h, w]` maps by method.
+
+    Names that are None are null in the shards, as runs without categories once were.
+    """
 
     class_ids: np.ndarray
     probabilities: np.ndarray
     heatmaps: dict[str, np.ndarray]
-    class_names: Sequence[str]
+    class_names: Sequence[str | None]
     input_size: tuple[int, int] = (64, 64)
     views: np.ndarray | None = None
     weights: str = "DEFAULT"
@@ -107,6 +111,8 @@ def write_run(
         **config,
     }
     (folder / "run.json").write_text(json.dumps(record))
+    index = prove(str(folder), list(networks), len(all_ids)).index
+    pq.write_table(index, folder / "index.parquet")
     return str(folder)
 
 

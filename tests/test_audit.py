@@ -245,3 +245,18 @@ def test_only_right_predictions_can_be_right_for_the_wrong_reason(tmp_path: Path
     assert (network.largest.class_name, network.largest.images) == ("square", 4)
     assert network.largest.right == pytest.approx(2 / 3)
     assert network.largest.corner == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("same_names", "same"), [(True, 0.0), (False, float("nan"))])
+def test_networks_without_names_agree_by_class_id_alone(
+    tmp_path: Path, same_names: bool, same: float
+) -> None:
+    maps = np.random.default_rng(0).random((6, 7, 7)).astype(np.float32)
+    first, second = _said(maps, [0] * 6), _said(maps, [1] * 6)
+    first.class_names = [None] * 4
+    second.class_names = [None] * (4 if same_names else 5)
+    found = _audit(tmp_path, {"one": first, "two": second}, [-1] * 6)
+    (pair,) = found.pairs
+    assert pair.same == pytest.approx(same, nan_ok=True)
+    assert pair.apart == []
+    assert [entry.class_name for entry in found.networks["two"].classes] == ["class 1"]

@@ -1,3 +1,4 @@
+import re
 from functools import partial
 from pathlib import Path
 
@@ -181,3 +182,29 @@ def test_the_job_says_what_is_wrong(
 ) -> None:
     assert main(["--runs", runs[0].path, str(tmp_path / "none")]) == 2
     assert "no run.json" in capsys.readouterr().err
+
+
+def test_classes_without_names_are_kept_apart_and_other_classes_are_not_compared(
+    tmp_path: Path,
+) -> None:
+    names, maps = [f"{i}" for i in range(12)], [_spot((1, 1), (1, 2))] * 12
+    before = _said([0, 1] * 6, maps)
+    before.class_names = [None] * 3
+    first = _run(tmp_path / "a", names, before)
+    second = _run(tmp_path / "b", names, _said([0, 2] * 6, maps))
+    assert main(["--runs", first.path, second.path]) == 0
+    page = (tmp_path / "b/comparison.html").read_text()
+    rows = re.findall(r"<td>(class \d)</td><td class=.n.>6</td><td class=.n.>(.*?)</td>", page)
+    assert sorted(rows) == [("class 0", "100%"), ("class 1", "0%")]
+    assert "other classes" not in page
+
+    more = _said([0, 2] * 6, maps)
+    more.class_names = [*NAMES, "fox"]
+    third = _run(tmp_path / "c", names, more)
+    assert main(["--runs", first.path, third.path]) == 0
+    page = (tmp_path / "c/comparison.html").read_text()
+    rows = re.findall(r"<td>(class \d)</td><td class=.n.>6</td><td class=.n.>(.*?)</td>", page)
+    assert sorted(rows) == [("class 0", "–"), ("class 1", "–")]
+    assert page.count("other classes") == 3
+    assert "Against the labels" not in page
+    assert pq.read_table(tmp_path / "c/metrics/comparison.parquet")["changed"].null_count == 12

@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
@@ -173,16 +174,49 @@ def test_a_truncated_shard_is_named(run: scacam.Run) -> None:
         run.explanations("small").to_table()
 
 
-def test_reading_needs_neither_torch_nor_ray_and_starts_within_a_second() -> None:
+def test_reading_needs_neither_torch_nor_ray() -> None:
     script = (
-        "import sys, time; start = time.process_time(); import scacam; scacam.open_run;"
-        "took = time.process_time() - start;"
-        "print(sorted({'torch', 'ray', 'matplotlib'} & set(sys.modules)), took < 1.5)"
+        "import sys, scacam; scacam.open_run;"
+        "print(sorted({'torch', 'ray', 'matplotlib'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    assert done.stdout.strip() == "[] True", done.stderr
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_shards_stay_plain_parquet(run: scacam.Run) -> None:
     shard = next(Path(run.path).glob("explanations/network=wide/*.parquet"))
     assert pq.read_schema(shard).field("heatmap").type.shape == [3, 4]
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_images_are_found_by_their_ids_with_and_without_an_index(
+    tmp_path: Path, indexed: bool
+) -> None:
+    maps = np.random.default_rng(0).random((9, 1, 2, 2), dtype=np.float32)
+    said = Said(np.zeros((9, 1), int), np.ones((9, 1)), {"sca_cam": maps}, ["cat"])
+    images = Images([f"{i}" for i in range(9)], [(64, 64)] * 9, np.zeros(9, int))
+    out = tmp_path / "network=other" / "out"  # folders above the output are no partitions
+    write_run(out, images, {"net": said, "two": said}, shards=3)
+    if not indexed:
+        (out / "index.parquet").unlink()
+    run = scacam.open_run(str(out))
+    for asked in ([7, 0, 7], [4], [], [99], list(range(9))):
+        found = run.explanations("net", image_ids=asked).to_table()
+        assert found["image_id"].to_pylist() == sorted(set(asked) & set(range(9)))
+        assert set(found["network"].to_pylist()) <= {"net"}
+    both = run.explanations(image_ids=np.array([3, 8])).to_table().to_pylist()
+    found = sorted((row["network"], row["image_id"]) for row in both)
+    assert found == [("net", 3), ("net", 8), ("two", 3), ("two", 8)]
+
+
+def test_shards_of_other_images_are_not_opened(tmp_path: Path) -> None:
+    maps = np.random.default_rng(0).random((9, 1, 2, 2), dtype=np.float32)
+    said = Said(np.zeros((9, 1), int), np.ones((9, 1)), {"sca_cam": maps}, ["cat"])
+    images = Images([f"{i}" for i in range(9)], [(64, 64)] * 9, np.zeros(9, int))
+    run = scacam.open_run(write_run(tmp_path, images, {"net": said}, shards=3))
+    for shard in (1, 2):
+        (tmp_path / f"explanations/network=net/{shard}.parquet").write_bytes(b"broken")
+    found = run.explanations("net", image_ids=[0, 2]).to_table()
+    assert found["image_id"].to_pylist() == [0, 2]
+    with pytest.raises(pa.ArrowInvalid):
+        run.explanations("net", image_ids=[3]).to_table()

@@ -51,26 +51,25 @@ class Summary:
             return
         key = tuple(table[name][0].as_py() for name in ("network_a", "network_b", "method"))
         row = self.rows.setdefault(key, _Row())
-        comparable = not table["changed"].null_count
-        changed = table["changed"].fill_null(False).to_numpy()
+        changed = table["changed"].cast(pa.float64()).to_numpy()  # NaN: not to be compared
         alike = np.stack([table[name].to_numpy() for name in _LIKENESS]).astype(np.float64)
         row.images += len(table)
-        row.changed += int(changed.sum()) if comparable else float("nan")
+        row.changed += float(changed.sum())
         row.sums += np.nansum(alike, 1)
         row.known += np.isfinite(alike).sum(1)
         labels = table["label"].to_numpy()
-        labelled = np.isfinite(labels) & comparable
+        labelled = np.isfinite(labels) & np.isfinite(changed)
         right = [(table[f"class_id_{run}"].to_numpy() == labels)[labelled] for run in "ab"]
         np.add.at(row.outcomes, (right[0].astype(int), right[1].astype(int)), 1)
         if key[2] == self.method:
-            self._rank(table, changed, alike[0] if comparable else np.full(len(table), np.nan))
+            self._rank(table, changed, alike[0])
 
     def _rank(self, table: pa.Table, changed: np.ndarray, moved: np.ndarray) -> None:
         confidence = np.minimum(*(table[f"probability_{run}"].to_numpy() for run in "ab"))
-        self.changed.add(np.where(changed, confidence, np.nan), table)
-        self.moved.add(np.where(changed, np.nan, moved), table)
+        self.changed.add(np.where(changed == 1, confidence, np.nan), table)
+        self.moved.add(np.where(changed == 0, moved, np.nan), table)
         classes = table.select(["network_a", "class_id_a", "class_name_a"]).to_pylist()
-        for found, same, value in zip(classes, ~changed, moved.tolist(), strict=True):
+        for found, same, value in zip(classes, 1 - changed, moved.tolist(), strict=True):
             sums = self.classes.setdefault(tuple(found.values()), np.zeros(3))
             sums += (1, same, value if value == value else 0)
 
@@ -94,6 +93,7 @@ class Summary:
                 "runs": self.runs,
                 "method": self.method,
                 "rows": self.rows,
+                "comparable": any(np.isfinite(row.changed) for row in self.rows.values()),
                 "classes": sorted(classes, key=lambda entry: -entry[4])[:_CLASSES],
                 "min_images": _MIN_IMAGES,
                 "changed": [self._pair(galleries, entry) for entry in shown[0]],

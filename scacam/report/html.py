@@ -50,6 +50,7 @@ def render(template: str, content: Mapping[str, Any]) -> str:
         lstrip_blocks=True,
     )
     environment.filters["percent"] = _percent
+    environment.filters["decimal"] = _decimal
     environment.filters["number"] = "{:,}".format
     return environment.get_template(template).render(content)
 
@@ -57,3 +58,8 @@ def render(template: str, content: Mapping[str, Any]) -> str:
 def _percent(share: float, digits: int = 0) -> str:
     """A share as a percentage; a dash for what is unknown."""
     return "–" if share != share else f"{share:.{digits}%}"
+
+
+def _decimal(value: float) -> str:
+    """A number with two digits; a dash for what is unknown."""
+    return "–" if value != value else f"{value:.2f}"
