@@ -247,16 +247,18 @@ def test_only_right_predictions_can_be_right_for_the_wrong_reason(tmp_path: Path
     assert network.largest.corner == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("same_names", "same"), [(True, 0.0), (False, float("nan"))])
-def test_networks_without_names_agree_by_class_id_alone(
-    tmp_path: Path, same_names: bool, same: float
+@pytest.mark.parametrize(
+    ("class_id", "classes", "same"), [(0, 4, 1.0), (1, 4, 0.0), (0, 5, float("nan"))]
+)
+def test_networks_agree_by_class_id_whatever_its_name(
+    tmp_path: Path, class_id: int, classes: int, same: float
 ) -> None:
     maps = np.random.default_rng(0).random((6, 7, 7)).astype(np.float32)
-    first, second = _said(maps, [0] * 6), _said(maps, [1] * 6)
-    first.class_names = [None] * 4
-    second.class_names = [None] * (4 if same_names else 5)
+    first, second = _said(maps, [0] * 6), _said(maps, [class_id] * 6)
+    second.class_names = [None] * classes
     found = _audit(tmp_path, {"one": first, "two": second}, [-1] * 6)
     (pair,) = found.pairs
     assert pair.same == pytest.approx(same, nan_ok=True)
-    assert pair.apart == []
-    assert [entry.class_name for entry in found.networks["two"].classes] == ["class 1"]
+    assert len(pair.apart) == (6 if same == 1 else 0)
+    names = [[entry.class_name for entry in found.networks[n].classes] for n in ("one", "two")]
+    assert names == [["square"], [f"class {class_id}"]]
