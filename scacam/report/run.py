@@ -179,22 +179,23 @@ class _Content:
 
     def _labels(self, network: NetworkAudit) -> dict[str, Any] | None:
         """Top-1 and top-5 error on the labelled images, None without labels."""
-        labelled = pc.field("label").is_valid()
-        top = pc.field("rank") == 1
-        images = self._count(network, labelled & top)
+        k = min(5, int(self.run.config["top_k"]))
+        rows = self.run.explanations(
+            network.network,
+            network.method,
+            ["label", "class_id", "rank"],
+            (pc.field("label") >= 0) & (pc.field("rank") <= k),
+        )
+        images = top_1 = top_k = 0
+        for batch in rows.to_batches():
+            label, class_id, rank = (column.to_numpy() for column in batch)
+            right = label == class_id
+            images += int(np.count_nonzero(rank == 1))
+            top_1 += int(np.count_nonzero(right & (rank == 1)))
+            top_k += int(np.count_nonzero(right))
         if not images:
             return None
-        right = labelled & (pc.field("class_id") == pc.field("label"))
-        k = min(5, int(self.run.config["top_k"]))
-        return {
-            "images": images,
-            "top_1": 1 - self._count(network, right & top) / images,
-            "k": k,
-            "top_k": 1 - self._count(network, right & (pc.field("rank") <= k)) / images,
-        }
-
-    def _count(self, network: NetworkAudit, where: pc.Expression) -> int:
-        return self.run.explanations(network.network, network.method, where=where).count_rows()
+        return {"images": images, "top_1": 1 - top_1 / images, "k": k, "top_k": 1 - top_k / images}
 
     def _cards(self, network: NetworkAudit) -> list[dict[str, Any]]:
         """The classes to look at first."""
