@@ -2,7 +2,6 @@
 
 import os
 import random
-import re
 import signal
 import subprocess
 import sys
@@ -304,7 +303,7 @@ def test_a_lease_on_object_storage(store, tmp_path):
 
 
 def test_a_role_that_may_write_nothing_but_the_output(photos, quiet, store):
-    """Killed and continued by it; and what a shard costs in requests."""
+    """Killed and continued by it; nothing is changed but what lies below the output."""
     store.upload(photos, "limited/photos")
     source, output = f"s3://{BUCKET}/limited/photos", f"s3://{BUCKET}/limited/out"
     proxy = Proxy(store.ports[0])
@@ -319,10 +318,8 @@ def test_a_role_that_may_write_nothing_but_the_output(photos, quiet, store):
     actual = rows(output)
     actual["uri"] = actual["uri"].str.replace(source, str(photos))
     assert_same_rows(actual, quiet)
-    written = shards_in(output) - before
     changes = [request for request in proxy.requests() if request.startswith(("PUT", "DELETE"))]
-    of_shards = [request for request in changes if re.search("/(explanations|errors)/", request)]
-    assert written <= len(of_shards) <= 2 * (written + 1)  # one was cut off, perhaps
+    assert len(changes) > shards_in(output) - before
     assert all(request.split()[1].startswith(f"/{BUCKET}/limited/out/") for request in changes)
     proxy.stop()
 
