@@ -7,6 +7,7 @@ import warnings
 import zlib
 
 import numpy as np
+import pillow_heif
 import pytest
 import torchvision
 from PIL import Image, ImageOps
@@ -304,7 +305,7 @@ def test_inverted_cmyk_is_not_inverted():
 )
 def test_formats(photo, format, options, difference):
     if format == "HEIF":
-        pytest.importorskip("pillow_heif").register_heif_opener()
+        pillow_heif.register_heif_opener()
     image = photo(64, 48)
     found = np.asarray(decode(saved(image, format, **options))).astype(int)
     assert np.abs(found - np.asarray(image)).max() <= difference
@@ -313,7 +314,6 @@ def test_formats(photo, format, options, difference):
 @pytest.fixture
 def heic(monkeypatch, photo) -> bytes:
     """A photo as a telephone takes it, and a Pillow that has seen none yet."""
-    pillow_heif = pytest.importorskip("pillow_heif")
     buffer = io.BytesIO()
     pillow_heif.from_pillow(photo(64, 48)).save(buffer, quality=100, chroma=444)
     Image.init()
@@ -338,7 +338,6 @@ def test_heic_without_its_plug_in_says_what_to_install(heic, monkeypatch):
 
 
 def test_a_heic_is_not_seen_by_its_thumbnail(heic, photo):
-    pillow_heif = pytest.importorskip("pillow_heif")
     pillow_heif.register_heif_opener()
     data = saved(photo(1200, 900), "HEIF", thumbnails=[600])
     size, [(view, seen)] = see(data, [Preprocessing()], "center_crop")

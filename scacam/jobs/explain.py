@@ -15,9 +15,6 @@ from functools import partial
 from types import SimpleNamespace
 from typing import Any, ClassVar
 
-import ray
-import ray.data
-
 from scacam.errors import RunError
 from scacam.images import VIEWS, ViewName
 from scacam.inputs.manifest import (
@@ -37,34 +34,15 @@ from scacam.jobs.options import (
 )
 from scacam.methods import METHODS
 from scacam.networks import Network
-from scacam.pipeline.checkpoint import checkpoint
-from scacam.pipeline.cluster import (
-    TASK_CPUS,
-    Allotment,
-    allot,
-    await_nodes,
-    cores,
-    root_cause,
-    rows_per_shard,
-    start_ray,
-)
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.explain import Explain
-from scacam.pipeline.localize import Localize
-from scacam.pipeline.progress import Counts, shares, shown, start_tally
-from scacam.pipeline.rows import bytes_per_image, sampling_of
-from scacam.pipeline.share import share
-from scacam.pipeline.sink import ShardSink
+from scacam.pipeline.cluster import allot, await_nodes, start_ray
+from scacam.pipeline.stream import explain, speed, stages
 from scacam.runs import lifecycle
 from scacam.runs.describe import describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output
 from scacam.runs.lock import locked
 from scacam.runs.proof import prove
-from scacam.storage import OUT_OF_REACH, join, locate
 
 logger = logging.getLogger("scacam")
-
-_STALLED_S = 900
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -251,7 +229,7 @@ def explain_all(
         "errors": dict(proof.errors.most_common()),
     }
     complete(options.output, record, proof)
-    return record, speed(counts, stage_capacities(networks, allotments))
+    return record, speed(counts, networks, allotments)
 
 
 def check(options: SimpleNamespace) -> None:
@@ -307,34 +285,6 @@ def describe(
     }
 
 
-def stages(
-    options: SimpleNamespace, networks: Sequence[Network], tally: Any
-) -> tuple[Decode, list[dict[str, Any]], Localize]:
-    """The stages of the stream: of the networks' stages the arguments but for their network."""
-    samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
-    uses = [samplings.index(sampling_of(network.preprocessing)) for network in networks]
-    pools = [
-        {
-            "methods": options.methods,
-            "top_k": options.top_k,
-            "explain_label": options.explain_label,
-            "sampling": sampling,
-            "bfloat16": options.bfloat16,
-            "last_use": sampling not in uses[index + 1 :],
-            "batch_size": options.batch_size,
-            "is_last": tally is not None and index == len(networks) - 1,
-            "tally": tally,
-        }
-        for index, sampling in enumerate(uses)
-    ]
-    localize = Localize(
-        {network.name: network.preprocessing.crop_size for network in networks},
-        rectified=[name for name, method in METHODS.items() if method.relu],
-        tally=tally,
-    )
-    return Decode(samplings, options.view, tally), pools, localize
-
-
 def plan(options: SimpleNamespace, manifest: Manifest, networks: Sequence[Network]) -> Plan:
     """Say what the job would do, from a timed sample, and start nothing."""
     decode, pools, localize = stages(options, networks, None)
@@ -342,87 +292,3 @@ def plan(options: SimpleNamespace, manifest: Manifest, networks: Sequence[Networ
         arguments["load"] = partial(lambda network: network, network)
     found = estimate(manifest.table, networks, decode, pools, localize)
     return Plan([network.name for network in networks], found, options.price_per_hour)
-
-
-def explain(
-    options: SimpleNamespace,
-    record: dict[str, Any],
-    networks: Sequence[Network],
-    costs: Sequence[float],
-    allotments: Sequence[Allotment],
-) -> Counts:
-    """Stream the images that are not done yet through the networks into the shards.
-
-    The pools are chained, and the pixels travel along until their last use: so each image is read
-    and decoded once, and nothing waits for the whole collection.
-    """
-    tally = start_tally()
-    decode, pools, localize = stages(options, networks, tally)
-    image_bytes = bytes_per_image(decode.samplings)
-    rows = rows_per_shard(record["images"], image_bytes, costs, allotments)
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.wait_for_min_actors_s = _STALLED_S
-    context.execution_no_progress_timeout_s = _STALLED_S
-    context.retried_io_errors.append(OUT_OF_REACH)
-    context.checkpoint_config = checkpoint(options.output)
-
-    filesystem, manifest_path = locate(join(options.output, "manifest.parquet"))
-    stream = ray.data.read_parquet(manifest_path, filesystem=filesystem, num_cpus=TASK_CPUS)
-    stream = stream.repartition(target_num_rows_per_block=rows)
-    stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
-    for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
-        stream = stream.map_batches(
-            Explain,
-            fn_constructor_kwargs=arguments | {"load": share(network)},
-            compute=ray.data.ActorPoolStrategy(size=allotment.actors),
-            batch_size=rows,
-            batch_format="pyarrow",
-            num_cpus=allotment.num_cpus,
-            num_gpus=allotment.num_gpus or None,
-        )
-    stream = stream.map_batches(
-        localize, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
-    )
-    sink = ShardSink(
-        options.output,
-        {network.name: network.feature_shape[1:] for network in networks},
-        tally,
-        options.max_error_rate,
-        record.get("explained", 0),  # by a complete run, whose errors are tried again
-    )
-    with shown(tally, record["images"]):
-        try:
-            stream.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
-        except Exception as error:  # whatever stopped it, what is written stays, to be continued
-            raise RunError(
-                f"stopped: {root_cause(error)}; the same command continues it"
-            ) from error
-        finally:
-            context.checkpoint_config = None
-    return ray.get(tally.get.remote())
-
-
-def stage_capacities(
-    networks: Sequence[Network], allotments: Sequence[Allotment]
-) -> dict[str, int]:
-    """By stage, the processes or cores that it had."""
-    pools = {
-        f"explain {network.name}": allotment.actors
-        for network, allotment in zip(networks, allotments, strict=True)
-    }
-    return {"decode": cores(), **pools, "localize": cores(), "write": cores()}
-
-
-def speed(counts: Counts, capacities: dict[str, int]) -> list[str]:
-    """How fast it went and what held it up, in words."""
-    if not counts.written:
-        return []
-    busy = shares(counts, capacities)
-    slowest = max(busy, key=lambda stage: busy[stage])
-    return [
-        f"{counts.written:,} now, in {counts.wall:,.0f} s: "
-        f"{counts.written / counts.wall:,.1f} images/s; the bottleneck is {slowest}",
-        "busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in busy.items()),
-    ]

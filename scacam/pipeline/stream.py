@@ -1,0 +1,141 @@
+"""The stream of the explain job: images through all stages, from the manifest to the shards."""
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.data
+
+from scacam.errors import RunError
+from scacam.methods import METHODS
+from scacam.pipeline.checkpoint import checkpoint
+from scacam.pipeline.cluster import TASK_CPUS, Allotment, cores, root_cause, rows_per_shard
+from scacam.pipeline.decode import Decode
+from scacam.pipeline.explain import Explain
+from scacam.pipeline.localize import Localize
+from scacam.pipeline.progress import Counts, shares, shown, start_tally
+from scacam.pipeline.rows import bytes_per_image, sampling_of
+from scacam.pipeline.share import share
+from scacam.pipeline.sink import ShardSink
+from scacam.storage import OUT_OF_REACH, join, locate
+
+if TYPE_CHECKING:
+    from scacam.networks import Network
+
+__all__ = ["explain", "speed", "stages"]
+
+_STALLED_S = 900
+
+
+def stages(
+    options: SimpleNamespace, networks: Sequence["Network"], tally: Any
+) -> tuple[Decode, list[dict[str, Any]], Localize]:
+    """The stages of the stream: of the networks' stages the arguments but for their network."""
+    samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
+    uses = [samplings.index(sampling_of(network.preprocessing)) for network in networks]
+    pools = [
+        {
+            "methods": options.methods,
+            "top_k": options.top_k,
+            "explain_label": options.explain_label,
+            "sampling": sampling,
+            "bfloat16": options.bfloat16,
+            "last_use": sampling not in uses[index + 1 :],
+            "batch_size": options.batch_size,
+            "is_last": tally is not None and index == len(networks) - 1,
+            "tally": tally,
+        }
+        for index, sampling in enumerate(uses)
+    ]
+    localize = Localize(
+        {network.name: network.preprocessing.crop_size for network in networks},
+        rectified=[name for name, method in METHODS.items() if method.relu],
+        tally=tally,
+    )
+    return Decode(samplings, options.view, tally), pools, localize
+
+
+def explain(
+    options: SimpleNamespace,
+    record: dict[str, Any],
+    networks: Sequence["Network"],
+    costs: Sequence[float],
+    allotments: Sequence[Allotment],
+) -> Counts:
+    """Stream the images that are not done yet through the networks into the shards.
+
+    The pools are chained, and the pixels travel along until their last use: so each image is read
+    and decoded once, and nothing waits for the whole collection.
+    """
+    tally = start_tally()
+    decode, pools, localize = stages(options, networks, tally)
+    image_bytes = bytes_per_image(decode.samplings)
+    rows = rows_per_shard(record["images"], image_bytes, costs, allotments)
+
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.wait_for_min_actors_s = _STALLED_S
+    context.execution_no_progress_timeout_s = _STALLED_S
+    if OUT_OF_REACH not in context.retried_io_errors:
+        context.retried_io_errors.append(OUT_OF_REACH)
+    context.checkpoint_config = checkpoint(options.output)
+
+    filesystem, manifest_path = locate(join(options.output, "manifest.parquet"))
+    stream = ray.data.read_parquet(manifest_path, filesystem=filesystem, num_cpus=TASK_CPUS)
+    stream = stream.repartition(target_num_rows_per_block=rows)
+    stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
+        stream = stream.map_batches(
+            Explain,
+            fn_constructor_kwargs=arguments | {"load": share(network)},
+            compute=ray.data.ActorPoolStrategy(size=allotment.actors),
+            batch_size=rows,
+            batch_format="pyarrow",
+            num_cpus=allotment.num_cpus,
+            num_gpus=allotment.num_gpus or None,
+        )
+    stream = stream.map_batches(
+        localize, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
+    )
+    sink = ShardSink(
+        options.output,
+        {network.name: network.feature_shape[1:] for network in networks},
+        tally,
+        options.max_error_rate,
+        record.get("explained", 0),  # by a complete run, whose errors are tried again
+    )
+    with shown(tally, record["images"]):
+        try:
+            stream.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
+        except Exception as error:  # whatever stopped it, what is written stays, to be continued
+            raise RunError(
+                f"stopped: {root_cause(error)}; the same command continues it"
+            ) from error
+        finally:
+            context.checkpoint_config = None
+    return ray.get(tally.get.remote())
+
+
+def _capacities(networks: Sequence["Network"], allotments: Sequence[Allotment]) -> dict[str, int]:
+    """By stage, the processes or cores that it had."""
+    pools = {
+        f"explain {network.name}": allotment.actors
+        for network, allotment in zip(networks, allotments, strict=True)
+    }
+    return {"decode": cores(), **pools, "localize": cores(), "write": cores()}
+
+
+def speed(
+    counts: Counts, networks: Sequence["Network"], allotments: Sequence[Allotment]
+) -> list[str]:
+    """How fast it went and what held it up, in words."""
+    if not counts.written:
+        return []
+    busy = shares(counts, _capacities(networks, allotments))
+    slowest = max(busy, key=lambda stage: busy[stage])
+    return [
+        f"{counts.written:,} now, in {counts.wall:,.0f} s: "
+        f"{counts.written / counts.wall:,.1f} images/s; the bottleneck is {slowest}",
+        "busy: " + ", ".join(f"{stage} {share:.0%}" for stage, share in busy.items()),
+    ]
