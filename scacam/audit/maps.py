@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scacam.runs.results import Run
+from scacam.tables import stacked
 
 __all__ = ["Ranking", "TopMaps", "top_maps"]
 
@@ -28,8 +29,8 @@ class TopMaps(NamedTuple):
 
     def rectangles(self, kind: str) -> np.ndarray:
         """`view` or `box` as float32 `[N, 4]`: x0, y0, x1, y1; NaN where there is none."""
-        corners = [self.column(f"{kind}_{side}") for side in ("x0", "y0", "x1", "y1")]
-        return np.stack(corners, axis=1).astype(np.float32)
+        corners = [f"{kind}_{side}" for side in ("x0", "y0", "x1", "y1")]
+        return stacked(self.rows, corners).astype(np.float32)
 
     def of(self, image_ids: np.ndarray) -> "TopMaps":
         """Only these images, which must be among them, in this order."""

@@ -10,7 +10,7 @@ import pyarrow as pa
 from scacam.localization import localize
 from scacam.pipeline.progress import taken_up
 from scacam.pipeline.rows import Failure, explanations_column, list_column, set_failures
-from scacam.tables import EXPLANATION, unpack_heatmaps
+from scacam.tables import EXPLANATION, stacked, unpack_heatmaps
 
 __all__ = ["Localize"]
 
@@ -70,7 +70,7 @@ def _located(rows: pa.Table, input_size: tuple[int, int], rectified: Collection[
     packed = rows["heatmap"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
     heatmaps = unpack_heatmaps(packed, rows["scale"].to_numpy())
     relu = np.array([name in rectified for name in rows["method"].to_pylist()])
-    views = np.stack([rows[name].to_numpy() for name in EXPLANATION.names[:4]], axis=1)
+    views = stacked(rows, EXPLANATION.names[:4])
     peaks, boxes = localize(heatmaps, relu, views, input_size)
     for name, values in zip(_LOCATION, np.concatenate([peaks, boxes], axis=1).T, strict=True):
         column = pa.array(values, pa.float32(), mask=np.isnan(values))
