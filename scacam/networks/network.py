@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 from scacam.images import Preprocessing
-from scacam.methods import ALL_METHODS
+from scacam.methods import METHODS
 from scacam.networks.head import examine
 
 __all__ = ["Network"]
@@ -120,7 +120,7 @@ class Network:
 
     def supports(self, method: str) -> bool:
         """Whether a method has maps for this network: of its target layer, or of the finer one."""
-        if ALL_METHODS[method].needs_finer_layer:
+        if METHODS[method].needs_finer_layer:
             return self.finer_layer is not None
         return self.layers[-1].supports(method)
 
@@ -135,7 +135,7 @@ class Network:
             for explained in self.layers
         }
         if self.finer_layer is not None:
-            finer = [name for name in methods if ALL_METHODS[name].needs_finer_layer]
+            finer = [name for name in methods if METHODS[name].needs_finer_layer]
             chosen.setdefault(self.finer_layer.name, []).extend(finer)
         return {layer: tuple(names) for layer, names in chosen.items() if names}
 
