@@ -139,6 +139,13 @@ class Network:
             chosen.setdefault(self.finer_layer.name, []).extend(finer)
         return {layer: tuple(names) for layer, names in chosen.items() if names}
 
+    def map_shape(self, layer: str) -> tuple[int, int]:
+        """Height and width of the maps that stand under a layer's name."""
+        shapes = {explained.layer.name: explained.feature_shape for explained in self.layers}
+        if self.finer_layer is not None and self.finer_shape is not None:
+            shapes[self.finer_layer.name] = self.finer_shape
+        return shapes[layer][1:]
+
     def logits(self, images: Tensor) -> Tensor:
         """Logits `[B, classes]` of preprocessed images, whatever the module makes of them."""
         return self.output.logits(self.module, images)
