@@ -161,18 +161,21 @@ class Run:
         if layer is not None:
             of_known = [name for described in known.values() for name in described["layers"]]
             self._check_known("layer", layer, of_known)
-        layers = [
-            (name, each)
+        layers = {
+            (name, each): maps["methods"]
             for name, described in known.items()
             for each, maps in described["layers"].items()
-            if layer in (None, each) and (method is None or method in maps["methods"])
-        ] or [(name, each) for name, described in known.items() for each in described["layers"]]
+            if layer in (None, each)
+        }
+        having = [each for each, methods in layers.items() if method is None or method in methods]
         if network is None and "heatmap" in (columns or ()):
             raise RunError("networks differ in the size of heatmaps: read one at a time")
         ids = None if image_ids is None else np.unique(np.asarray(image_ids, dtype=np.int64))
         if ids is not None:
             condition = condition & _among(ids)
-        explanations = self.shards.dataset(layers, ids, heatmaps=network is not None)
+        explanations = self.shards.dataset(
+            having or list(layers), ids, heatmaps=network is not None
+        )
         names = explanations.schema.names
         for name in columns or ():
             self._check_known("column", name, names)
