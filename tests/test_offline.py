@@ -14,11 +14,12 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 from PIL import Image
 
 import scacam
 from scacam.audit.audit import audit
-from scacam.jobs import compare, evaluate, explain, pictures, report
+from scacam.jobs import caw, compare, evaluate, explain, pictures, report
 from scacam.jobs.pictures import images, label_note, top_classes
 
 COLOURS = ((220, 40, 30), (30, 200, 50), (40, 60, 230))
@@ -118,6 +119,26 @@ def test_the_errors_table_is_there_without_errors(plain: Path, labelled: Path) -
     )
     assert (result.explained, result.errors) == (15, {})
     assert pd.read_parquet(plain / "errors").empty
+
+
+def test_relative_paths_when_ray_has_started_elsewhere(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray's processes keep the working folder in which it started."""
+    assert ray.is_initialized()
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(folder / "photos", "photos")
+    (tmp_path / "masks").mkdir()
+    for path in Path("photos").iterdir():
+        Image.new("L", (128, 96), 1).save(f"masks/{path.name}")
+    table = pd.read_csv(folder / "labelled.csv")[:15]
+    table.assign(uri="photos/" + table["uri"].str.rpartition("/")[2]).to_csv("l.csv", index=False)
+    result = explain.run(input="l.csv", output="out", networks=[NAMED], methods=["sca_cam"])
+    assert (result.explained, result.output) == (15, "out")
+    assert evaluate.run(run="out", masks="masks").images == {NAMED: 15}
+    result = caw.run(input="photos", output="caw", networks=[NAMED])
+    assert Path("caw/metrics/caw.parquet").exists()
+    assert not result.errors
 
 
 def test_evaluate(labelled: Path, folder: Path) -> None:

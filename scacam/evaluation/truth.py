@@ -13,7 +13,7 @@ from scacam.evaluation.tables import TRUE_BOXES
 from scacam.inputs.labels import parse_labels
 from scacam.inputs.manifest import absolute_uris
 from scacam.inputs.sheets import read_sheet
-from scacam.storage import join, locate
+from scacam.storage import absolute, join, locate
 from scacam.tables import stacked
 
 __all__ = ["LeftOut", "MaskFiles", "TrueBoxes", "read_boxes", "read_masks"]
@@ -56,7 +56,7 @@ class MaskFiles:
 
     Attributes:
         image_ids: int64 `[N]`, the images that have one, rising.
-        folder: where the files are.
+        folder: where the files are, absolute.
     """
 
     image_ids: np.ndarray
@@ -147,7 +147,8 @@ def read_masks(folder: str, manifest: pa.Table) -> tuple[MaskFiles, LeftOut]:
     names = _mask_names(manifest["uri"])
     _refuse_ambiguous(names, manifest["uri"], files, folder)
     found, labelled = pc.is_in(names, files), manifest["label"].is_valid()
-    return MaskFiles(manifest["image_id"].filter(pc.and_(found, labelled)).to_numpy(), folder), {
+    image_ids = manifest["image_id"].filter(pc.and_(found, labelled)).to_numpy()
+    return MaskFiles(image_ids, absolute(folder)), {
         "masks of images that are not in the run": len(files)
         - pc.sum(pc.is_in(files, names)).as_py(),
         "images without a label": manifest["label"].null_count,

@@ -27,7 +27,7 @@ from scacam.inputs.containers import (
 from scacam.inputs.labels import class_ids, parse_labels, refuse_rows
 from scacam.inputs.listing import UNDECODABLE, File, Listing, list_files, suffix_of
 from scacam.inputs.sheets import SHEETS, Sheet, read_sheet
-from scacam.storage import locate, read_ahead, uri_of
+from scacam.storage import absolute, locate, read_ahead
 from scacam.tables import MANIFEST
 
 __all__ = [
@@ -181,7 +181,7 @@ def absolute_uris(uris: pa.ChunkedArray, source: str) -> pa.ChunkedArray:
     relative = pc.invert(pc.match_substring_regex(uris, r"^(/|[A-Za-z][A-Za-z0-9+.-]*://)"))
     if not pc.any(relative).as_py():
         return uris
-    folder = _absolute(source).rpartition("/")[0]
+    folder = absolute(source).rpartition("/")[0]
     joined = pc.binary_join_element_wise(folder, uris, "/")
     if "://" in folder:  # a disk follows ./ and ../ by itself, in a store they would be names
         joined = pa.array([_resolved(uri) for uri in joined.to_pylist()])
@@ -264,7 +264,7 @@ def _from_file(
         sheet = read_sheet(source, ["uri", label_column or "label"])
         if "uri" in sheet.names or not name.endswith(CONTAINERS):
             return _from_sheet(source, sheet, label_column)
-    contents = listed(_absolute(source))
+    contents = listed(absolute(source))
     if contents is None:
         raise RunError(
             f"{source} has neither a column 'uri' nor one of image bytes; it has "
@@ -326,7 +326,3 @@ def _resolved(uri: str) -> str:
     scheme, separator, path = uri.partition("://")
     dotted = not {".", ".."}.isdisjoint(path.split("/"))
     return scheme + separator + posixpath.normpath(path) if dotted else uri
-
-
-def _absolute(source: str) -> str:
-    return uri_of(source, locate(source)[1])

@@ -14,6 +14,7 @@ from scacam.errors import NetworkError
 from scacam.networks.network import Network
 from scacam.networks.weights import is_checkpoint, load_into, num_classes_in, read_state_dict
 from scacam.networks.zoo import find_recipe
+from scacam.storage import absolute
 
 __all__ = ["load_network"]
 
@@ -55,7 +56,7 @@ def load_network(
     network.rebuild = partial(
         load_network,
         name,
-        weights,
+        absolute(weights) if is_checkpoint(weights) else weights,
         target_layer=target_layer,
         finer_layer=finer_layer,
         categories=categories,

@@ -18,7 +18,7 @@ from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import bytes_per_image, sampling_of
 from scacam.pipeline.share import share
 from scacam.pipeline.sink import ShardSink
-from scacam.storage import OUT_OF_REACH, join, locate
+from scacam.storage import OUT_OF_REACH, absolute, join, locate
 
 if TYPE_CHECKING:
     from scacam.networks import Network
@@ -68,6 +68,7 @@ def explain(
     The pools are chained, and the pixels travel along until their last use: so each image is read
     and decoded once, and nothing waits for the whole collection.
     """
+    output = absolute(options.output)
     tally = start_tally()
     decode, pools, localize = stages(options, networks, tally)
     image_bytes = bytes_per_image(decode.samplings)
@@ -79,9 +80,9 @@ def explain(
     context.execution_no_progress_timeout_s = _STALLED_S
     if OUT_OF_REACH not in context.retried_io_errors:
         context.retried_io_errors.append(OUT_OF_REACH)
-    context.checkpoint_config = checkpoint(options.output)
+    context.checkpoint_config = checkpoint(output)
 
-    filesystem, manifest_path = locate(join(options.output, "manifest.parquet"))
+    filesystem, manifest_path = locate(join(output, "manifest.parquet"))
     stream = ray.data.read_parquet(manifest_path, filesystem=filesystem, num_cpus=TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
@@ -99,7 +100,7 @@ def explain(
         localize, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
     )
     sink = ShardSink(
-        options.output,
+        output,
         {network.name: network.feature_shape[1:] for network in networks},
         tally,
         options.max_error_rate,

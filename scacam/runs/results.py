@@ -21,7 +21,7 @@ from scacam.images import decode
 from scacam.inputs.containers import read_image
 from scacam.localization import interpolation
 from scacam.runs.record import read_record
-from scacam.storage import join, locate
+from scacam.storage import absolute, join, locate
 from scacam.storage.parquet import read_columns
 from scacam.tables import ERRORS, unpack_heatmaps
 
@@ -50,12 +50,12 @@ class Run:
     """A run, read lazily.
 
     Attributes:
-        path: where it is.
+        path: where it is, absolute.
         config: what `run.json` says: networks, methods, view, counts, versions.
     """
 
     def __init__(self, path: str, config: dict[str, Any]) -> None:
-        self.path = path
+        self.path = absolute(path)
         self.config = config
         self._datasets: dict[str, ds.Dataset] = {}
         self._shards: dict[str, _Shards] = {}

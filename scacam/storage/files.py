@@ -15,8 +15,8 @@ from urllib.parse import unquote
 from pyarrow import fs
 
 __all__ = [
-    "OUT_OF_REACH", "PATIENCE_S", "is_transient", "join", "locate", "patiently", "read_ahead",
-    "read_bytes", "uri_of", "write_bytes", "writing",
+    "OUT_OF_REACH", "PATIENCE_S", "absolute", "is_transient", "join", "locate", "patiently",
+    "read_ahead", "read_bytes", "uri_of", "write_bytes", "writing",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
@@ -84,6 +84,15 @@ def uri_of(source: str, inner_path: str) -> str:
     if scheme == "file" or _SCHEME.match(inner_path):  # fsspec's paths of http:// begin with it
         return inner_path
     return f"{'s3' if scheme == 's3a' else scheme}://{inner_path}"
+
+
+def absolute(path: str) -> str:
+    """The same path for processes with another working folder, such as Ray's workers.
+
+    Raises:
+        OSError, ValueError: as `locate`.
+    """
+    return uri_of(path, locate(path)[1])
 
 
 def join(folder: str, *names: str) -> str:
