@@ -133,8 +133,9 @@ def test_a_named_target_layer() -> None:
     assert network.target_layer == TargetLayer("layer3")
     assert (network.head.kind, network.feature_shape) == ("general", (256, 14, 14))
     maps = Explainer(network, top_k=1)(torch.randn(1, 3, 224, 224)).heatmaps
-    assert set(maps) == {name for name in METHODS if name != "gap_cam"}
+    assert set(maps) == set(METHODS) - {"gap_cam"}
     assert maps["grad_cam"].shape == (1, 1, 14, 14)
+    assert maps["extent_cam"].shape == (1, 1, 28, 28)
 
 
 def test_larger_and_non_square_inputs_and_gray_ones() -> None:
@@ -858,9 +859,12 @@ def test_every_network_with_every_method(name: str) -> None:
     images = torch.randn(2, 3, *network.preprocessing.crop_size)
     explanation = Explainer(network, top_k=2)(images)
     expected = {method for method in METHODS if network.supports(method)}
-    assert set(explanation.heatmaps) == expected >= set(METHODS) - {"gap_cam"}
+    assert set(explanation.heatmaps) == expected >= set(METHODS) - {"gap_cam", "extent_cam"}
     for method, maps in explanation.heatmaps.items():
-        assert maps.shape == (2, 2, *network.feature_shape[1:]), method
+        finer = METHODS[method].needs_finer_layer
+        shape = network.finer_shape if finer else network.feature_shape
+        assert shape is not None
+        assert maps.shape == (2, 2, *shape[1:]), method
         assert maps.isfinite().all(), method
     assert not any(layer._forward_hooks for layer in network.module.modules())
     assert all(parameter.grad is None for parameter in network.module.parameters())
