@@ -109,28 +109,16 @@ class Catalog:
         filesystem, _ = locate(run.path)
         if not isinstance(filesystem, fs.LocalFileSystem):
             self._connection.register_filesystem(filesystem.handler.fs)
-        self._shards = self._listed()
+        self._shards = {
+            (network, layer): files
+            for network in run.networks
+            for layer in run.networks[network]["layers"]
+            if (files := run.shards(network, layer))
+        }
         if not self._shards:
             raise RunError(f"{run.path} has no explanations yet")
         self._answers: OrderedDict[Question, pa.Table] = OrderedDict()
         self._lock = threading.Lock()
-
-    @property
-    def layers(self) -> list[tuple[str, str]]:
-        """Networks and their layers that have maps."""
-        return list(self._shards)
-
-    @cached_property
-    def methods(self) -> dict[tuple[str, str], list[str]]:
-        """The methods that each network has maps of, by layer, in the order of the run."""
-        found = {}
-        for key, shards in self._shards.items():
-            rows = self._rows(
-                "select distinct method from read_parquet($shards)", shards=shards[:1]
-            )
-            there = {row["method"] for row in rows}
-            found[key] = [name for name in self.run.methods if name in there]
-        return found
 
     @cached_property
     def classes(self) -> dict[str, list[dict[str, Any]]]:
@@ -144,7 +132,7 @@ class Catalog:
                     " from read_parquet($shards) where rank = 1 and method = $method"
                     " group by class_id order by name",
                     shards=shards,
-                    method=self.methods[network, layer][0],
+                    method=self.run.networks[network]["layers"][layer]["methods"][0],
                 )
         return found
 
@@ -187,10 +175,10 @@ class Catalog:
         """Some of the rows of `find`, with the `uri` that the manifest has."""
         cursor = self._connection.cursor()
         cursor.register("images", images.append_column("place", pa.array(range(len(images)))))
-        return cursor.execute(
+        return cursor.sql(
             "select images.image_id, uri, images.* exclude (image_id, place) from images"
             " join read_parquet($manifest) using (image_id) order by place",
-            {"manifest": join(self.run.path, "manifest.parquet")},
+            params={"manifest": join(self.run.path, "manifest.parquet")},
         ).to_arrow_table()
 
     def errors(self, kind: str | None, offset: int, limit: int) -> tuple[int, list[dict[str, Any]]]:
@@ -202,10 +190,8 @@ class Catalog:
 
     def _found(self, question: Question) -> pa.Table:
         key = question.network, question.layer
-        if key not in self._shards or question.method not in self.methods[key]:
-            raise ValueError(
-                f"there are no maps of {question.method} of {question.network}, {question.layer}"
-            )
+        if key not in self._shards:
+            raise ValueError(f"there are no maps of {question.network}, {question.layer}")
         values: dict[str, Any] = {
             "shards": self._shards[key], "method": question.method,
             "least": question.least, "most": question.most,
@@ -219,7 +205,7 @@ class Catalog:
             conditions.append("e.class_id = $class_id")
             values["class_id"] = question.class_id
         if question.order == "overlap" and (
-            files := self._metric_files("localization_images", key)
+            files := self._files(f"metrics/localization_images/network={question.network}")
         ):
             columns[0] = "s.iou_any as overlap"
             tables += (
@@ -229,7 +215,7 @@ class Catalog:
             )
             values["overlaps"] = files
         if question.finding is not None:
-            files = self._metric_files("findings_images")
+            files = self._files("metrics/findings_images")
             if question.finding not in {str(row["finding"]) for row in self.findings} or not files:
                 raise ValueError(f"there is no finding {question.finding}")
             columns[1] = "f.score as score"
@@ -238,35 +224,21 @@ class Catalog:
                 " finding::varchar = $finding group by image_id) f using (image_id)"
             )
             values |= {"suspects": files, "finding": question.finding}
-        cursor = self._connection.cursor()
-        return cursor.execute(
-            "select image_id, e.class_id, e.probability, if(e.label >= 0, e.label, null) as label, "
-            + ", ".join(columns)
-            + f" from read_parquet($shards) e{tables} where {' and '.join(conditions)}"
-            + f" order by {_ORDERS[question.order]}",
-            values,
-        ).to_arrow_table()
+        return (
+            self._connection.cursor()
+            .sql(
+                "select image_id, e.class_id, e.probability, if(e.label >= 0, e.label, null)"
+                f" as label, {', '.join(columns)}"
+                f" from read_parquet($shards) e{tables} where {' and '.join(conditions)}"
+                f" order by {_ORDERS[question.order]}",
+                params=values,
+            )
+            .to_arrow_table()
+        )
 
     def _rows(self, query: str, **values: Any) -> list[dict[str, Any]]:
-        found: pa.Table = self._connection.cursor().execute(query, values).to_arrow_table()
+        found: pa.Table = self._connection.cursor().sql(query, params=values).to_arrow_table()
         return found.to_pylist()
-
-    def _listed(self) -> dict[tuple[str, str], list[str]]:
-        """The shards by network and layer."""
-        shards: dict[tuple[str, str], list[str]] = {}
-        for path in self._files("explanations"):
-            parts = path.rpartition("explanations/")[2].split("/")[:-1]
-            keys = dict(part.split("=", 1) for part in parts)
-            network = self.run.networks.get(keys.get("network", ""))
-            if network is not None:
-                layer = keys.get("layer", network["target_layer"])
-                shards.setdefault((network["name"], layer), []).append(path)
-        return shards
-
-    def _metric_files(self, name: str, key: tuple[str, str] | None = None) -> list[str]:
-        """The files of a folder of `OUT/metrics`, or those of one network there."""
-        folder = f"metrics/{name}" + (f"/network={key[0]}" if key else "")
-        return self._files(folder)
 
     def _files(self, folder: str) -> list[str]:
         """All Parquet files below a folder of the run, none if it is not there."""

@@ -113,9 +113,10 @@ class _View:
                 "images": len(labels),
                 "labelled": labels.null_count < len(labels),
                 "evaluated": self.run.metrics("localization_images") is not None,
-                "layers": [
-                    {"network": network, "layer": layer, "methods": catalog.methods[network, layer]}
-                    for network, layer in catalog.layers
+                "maps": [
+                    {"network": network, **claimant._asdict()}
+                    for network in self.run.networks
+                    for claimant in self.run.claimants(network)
                 ],
                 "classes": catalog.classes,
                 "findings": [_finite(row) for row in catalog.findings],
@@ -142,7 +143,7 @@ class _View:
         image_id = request.path_params["image_id"]
         networks: list[dict[str, Any]] = []
         about: dict[str, Any] = {"image_id": image_id}
-        for network in dict.fromkeys(network for network, _ in self.catalog.layers):
+        for network in self.run.networks:
             rows = self._explanations(network, image_id, _SAID)
             if not rows:
                 continue
@@ -154,9 +155,6 @@ class _View:
                     "classes": sorted(
                         (_finite({name: row[name] for name in _CLASS}) for row in classes),
                         key=lambda row: (row["rank"] is None, row["rank"]),
-                    ),
-                    "maps": sorted(
-                        {(row["layer"], row["method"]) for row in rows}, key=self._place
                     ),
                 }
             )
@@ -207,12 +205,13 @@ class _View:
         """The explanation that an address names; the top class's where it names none."""
         wanted = request.query_params
         image_id = request.path_params["image_id"]
-        network = wanted.get("network") or self.catalog.layers[0][0]
+        network = wanted.get("network") or next(iter(self.run.networks))
         condition = pc.field("rank") == 1
         if wanted.get("class_id"):
             condition = pc.field("class_id") == int(wanted["class_id"])
-        if wanted.get("method"):
-            condition &= pc.field("method") == wanted["method"]
+        for name in ("layer", "method"):
+            if wanted.get(name):
+                condition &= pc.field(name) == wanted[name]
         rows = self._explanations(network, image_id, None, condition)
         if not rows:
             raise HTTPException(404)
@@ -228,14 +227,9 @@ class _View:
         found = self.run.explanations(network, columns=columns, where=where, image_ids=[image_id])
         return found.to_table().to_pylist()
 
-    def _place(self, named: tuple[str, str]) -> tuple[int, str]:
-        """Where a method of a layer stands among the others."""
-        layer, method = named
-        return list(self.run.methods).index(method), layer
-
 
 _CLASS = ("class_id", "class_name", "rank", "probability")
-_SAID = ["method", "uri", "width", "height", "label", *_CLASS]
+_SAID = ["uri", "width", "height", "label", *_CLASS]
 _MEDIA = {
     "txt": "text/plain; charset=utf-8",
     "csv": "text/csv; charset=utf-8",

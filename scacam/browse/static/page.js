@@ -32,16 +32,8 @@ const counted = (number, what) =>
   `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
 const basename = (uri) => uri.split("/").pop();
 
-// A map is a method of a layer; the layer is named only where a method has several.
-function maps(network) {
-  const layers = about.layers.filter((one) => one.network === network);
-  const every = layers.flatMap(({ layer, methods }) => methods.map((method) => ({ layer, method })));
-  const times = (method) => every.filter((one) => one.method === method).length;
-  return every.map(({ layer, method }) => ({
-    value: JSON.stringify([layer, method]),
-    title: times(method) > 1 ? `${method} · ${layer}` : method,
-  }));
-}
+// A map is a method of a layer.
+const mapsOf = (network) => about.maps.filter((one) => one.network === network);
 
 function fill(select, options, chosen) {
   select.replaceChildren(
@@ -170,7 +162,7 @@ async function open(at) {
 }
 
 // The maps of one class of one network, and buttons for its other classes.
-function ofNetwork(image_id, { network, classes, maps: every }) {
+function ofNetwork(image_id, { network, classes }) {
   const gallery = element("div", { class: "maps" });
   const buttons = classes.map((one) => {
     const title = `${one.class_name} ${percent(one.probability)}${one.rank === null ? " (label)" : ""}`;
@@ -180,14 +172,11 @@ function ofNetwork(image_id, { network, classes, maps: every }) {
   });
   function show(one, button) {
     for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
-    const methods = every.map(([, method]) => method);
     gallery.replaceChildren(
-      ...every.map(([layer, method]) => {
-        const several = methods.indexOf(method) !== methods.lastIndexOf(method);
-        const title = several ? `${method} · ${layer}` : method;
+      ...mapsOf(network).map(({ layer, method, name }) => {
         const parameters = { network, layer, method, class_id: one.class_id };
-        const shownMap = picture(image_id, parameters, `${title} for ${one.class_name}`);
-        return element("figure", {}, shownMap, element("figcaption", {}, title));
+        const shownMap = picture(image_id, parameters, `${name} for ${one.class_name}`);
+        return element("figure", {}, shownMap, element("figcaption", {}, name));
       }),
     );
   }
@@ -218,7 +207,8 @@ new IntersectionObserver(
 
 function renew() {
   const chosen = field("map").value;
-  const options = maps(field("network").value);
+  const options = mapsOf(field("network").value).map(({ layer, method, name }) =>
+    ({ value: JSON.stringify([layer, method]), title: name }));
   const preferred = options.find(({ value }) => value === chosen) ||
     options.find(({ title }) => title === "sca_cam") || options[0];
   fill(field("map"), options, preferred.value);
@@ -236,7 +226,7 @@ form.addEventListener("change", ({ target }) => {
 
 async function start() {
   about = await get("api/run");
-  const networks = [...new Set(about.layers.map((one) => one.network))];
+  const networks = [...new Set(about.maps.map((one) => one.network))];
   fill(field("network"), networks.map((value) => ({ value, title: value })));
   const finding = ({ finding, kind, class_name, network }) =>
     ({ value: String(finding), title: [kind, class_name, network].filter(Boolean).join(" · ") });
