@@ -815,12 +815,23 @@ def test_target_layers_and_categories_for_every_network_or_one(tmp_path: Path) -
     assert len(alone.categories or ()) == 1000
 
 
+def test_several_target_layers_of_every_network_or_one() -> None:
+    resnet, squeezenet = _load(
+        "--networks", "resnet18=random", "squeezenet1_1=random",
+        "--target-layer", "layer4", "layer2", "squeezenet1_1=features", "squeezenet1_1=features.7",
+    )  # fmt: skip
+    assert [layer.name for layer, *_ in resnet.layers] == ["layer2", "layer4"]
+    assert [layer.name for layer, *_ in squeezenet.layers] == ["features.7", "features"]
+    finer = load_networks(["resnet18=random"], finer_layer=["layer1"])[0].finer_layer
+    assert finer == TargetLayer("layer1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("resnet18", "resnet18=random"), "'resnet18' is there twice"),
         (("resnet18=random", "--target-layer", "layer9"), "no layer 'layer9'"),
-        (("resnet18=random", "--target-layer", "a", "b"), "has a and b for every network"),
+        (("resnet18=random", "--categories", "a", "b"), "has a and b for resnet18"),
         (("resnet18=random", "--output-kind", "soft"), "unknown output kind 'soft'"),
         (("resnet18=random", "--categories", "no.txt"), "cannot read the class names in no.txt"),
         (("resnet18=random", "--categories", __file__), "category names for 1000 classes"),

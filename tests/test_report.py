@@ -190,7 +190,7 @@ def test_runs_of_one_and_two_photos(tmp_path: Path, count: int) -> None:
 
 def test_a_missing_shard_is_said_aloud(tmp_path: Path) -> None:
     out = _run(tmp_path, networks=2, shards=3)
-    next(out.glob("explanations/network=net/1.parquet")).unlink()
+    next(out.glob("explanations/network=net/layer=features/1.parquet")).unlink()
     assert main(["--run", str(out)]) == 0
     words = _Page((out / "report.html").read_text()).words
     assert "4 of 13 images have neither explanations of net nor an error" in words
@@ -200,7 +200,7 @@ def test_images_of_a_missing_shard_are_not_shown(tmp_path: Path) -> None:
     out = _run(tmp_path, networks=1, shards=3)
     evaluate(out)
     for lost in (0, 2):
-        (out / f"explanations/network=net/{lost}.parquet").unlink()
+        (out / f"explanations/network=net/layer=features/{lost}.parquet").unlink()
     assert main(["--run", str(out)]) == 0
     words = _Page((out / "report.html").read_text()).words
     assert "8 of 13 images have neither" in words
