@@ -58,7 +58,7 @@ def said(count: int, several: bool) -> Said:
         coarse,
         ["ape"],
         (SIDE, SIDE),
-        others={"fine": fine} if several else {},
+        others={"_fine.0": fine} if several else {},
     )
 
 
@@ -99,7 +99,7 @@ def test_names_say_the_layer_only_where_there_are_several(run: scacam.Run) -> No
     assert [(each.name, each.map_shape) for each in run.claimants("one")] == [
         ("sca_cam (features)", (4, 4)),
         ("grad_cam", (4, 4)),
-        ("sca_cam (fine)", (8, 8)),
+        ("sca_cam (_fine.0)", (8, 8)),
         ("extent_cam", (8, 8)),
     ]
     assert [each.name for each in run.claimants("two")] == ["sca_cam", "grad_cam"]
@@ -109,24 +109,24 @@ def test_names_say_the_layer_only_where_there_are_several(run: scacam.Run) -> No
 def test_explanations_are_selected_by_layer(run: scacam.Run) -> None:
     assert run.explanations().count_rows() == 36
     assert run.explanations("one").count_rows() == 24
-    assert run.explanations("one", layer="fine").count_rows() == 12
+    assert run.explanations("one", layer="_fine.0").count_rows() == 12
     assert run.explanations(layer="features").count_rows() == 24
     assert run.explanations("one", "sca_cam").count_rows() == 12
-    assert run.explanations("one", "sca_cam", layer="fine").count_rows() == 6
-    assert run.explanations("one", "grad_cam", layer="fine").count_rows() == 0
+    assert run.explanations("one", "sca_cam", layer="_fine.0").count_rows() == 6
+    assert run.explanations("one", "grad_cam", layer="_fine.0").count_rows() == 0
     table = run.explanations(columns=["network", "layer"]).to_table()
     assert set(zip(*table.to_pydict().values(), strict=True)) == {
-        ("one", "features"), ("one", "fine"), ("two", "features"),
+        ("one", "features"), ("one", "_fine.0"), ("two", "features"),
     }  # fmt: skip
-    with pytest.raises(RunError, match="no layer 'layer4'; it has features, fine"):
+    with pytest.raises(RunError, match="no layer 'layer4'; it has features, _fine"):
         run.explanations("one", layer="layer4")
-    with pytest.raises(RunError, match="no layer 'fine'; it has features"):
-        run.explanations("two", layer="fine")
+    with pytest.raises(RunError, match="no layer '_fine[.]0'; it has features"):
+        run.explanations("two", layer="_fine.0")
 
 
 def test_heatmaps_have_their_shape_whether_one_or_several_layers_are_read(run: scacam.Run) -> None:
     tensor = pa.fixed_shape_tensor(pa.float16(), (8, 8))
-    for asked in ({"layer": "fine"}, {"method": "extent_cam"}):
+    for asked in ({"layer": "_fine.0"}, {"method": "extent_cam"}):
         assert run.explanations("one", **asked).to_table().schema.field("heatmap").type == tensor
     mixed = run.explanations("one", "sca_cam", image_ids=[3]).to_table()
     assert mixed.schema.field("heatmap").type == pa.list_(pa.float16())
@@ -138,7 +138,7 @@ def test_heatmaps_have_their_shape_whether_one_or_several_layers_are_read(run: s
 def test_any_reader_opens_a_layer_with_its_shape_and_all_other_columns_across(
     run: scacam.Run,
 ) -> None:
-    read_by_anyone(Path(run.path), {("one", "features"): 4, ("one", "fine"): 8})
+    read_by_anyone(Path(run.path), {("one", "features"): 4, ("one", "_fine.0"): 8})
 
 
 def read_by_anyone(out: Path, sides: dict[tuple[str, str], int]) -> None:
@@ -175,8 +175,12 @@ def test_the_proof_wants_every_layer_whole(run: scacam.Run) -> None:
     assert prove(run.path, networks, 7).explained == 6
     index = prove(run.path, networks, 7).index.to_pandas()
     rows = index.groupby(["network", "layer"])["rows"].sum()
-    assert rows.to_dict() == {("one", "features"): 12, ("one", "fine"): 12, ("two", "features"): 12}
-    shard = out / "explanations/network=one/layer=fine/1.parquet"
+    assert rows.to_dict() == {
+        ("one", "features"): 12,
+        ("one", "_fine.0"): 12,
+        ("two", "features"): 12,
+    }
+    shard = out / "explanations/network=one/layer=_fine.0/1.parquet"
     whole = pq.ParquetFile(shard).read()
 
     def refused(message: str) -> None:
@@ -186,13 +190,13 @@ def test_the_proof_wants_every_layer_whole(run: scacam.Run) -> None:
     pq.write_table(whole.slice(1), shard)
     refused("has 1 of 2 methods of class 0 of image 3")
     pq.write_table(whole.slice(2), shard)
-    refused("layer fine of one, 1 images are there neither .*, the first is image 3")
+    refused("layer _fine.0 of one, 1 images are there neither .*, the first is image 3")
     pq.write_table(pa.concat_tables([whole, whole.slice(0, 1)]), shard)
-    refused(r"fine/1.parquet has an \(image, class, method\) twice")
+    refused(r"_fine.0/1.parquet has an \(image, class, method\) twice")
     shutil.copy(out / "explanations/network=one/layer=features/1.parquet", shard)
     refused("has rows of grad_cam, which this layer has not")
     shutil.rmtree(shard.parent)
-    refused("layer fine of one, 6 images are there neither")
+    refused("layer _fine.0 of one, 6 images are there neither")
 
 
 # --- The other jobs
@@ -205,7 +209,7 @@ def test_evaluation_tells_layers_apart(run: scacam.Run, boxes: str) -> None:
     values = {(row.method, row.layer or None): row.value for row in found.fillna("").itertuples()}
     assert values == {
         ("sca_cam", "features"): 0, ("grad_cam", "features"): 1,
-        ("sca_cam", "fine"): 1, ("extent_cam", "fine"): 1,
+        ("sca_cam", "_fine.0"): 1, ("extent_cam", "_fine.0"): 1,
         ("center_gaussian", None): 1, ("whole_image", None): 0,
     }  # fmt: skip
     pairs = pd.read_parquet(Path(run.path) / "metrics/differences.parquet")
@@ -213,18 +217,18 @@ def test_evaluation_tells_layers_apart(run: scacam.Run, boxes: str) -> None:
     assert len(pairs) == 15
     same = pairs[(pairs["method"] == "sca_cam") & (pairs["other"] == "sca_cam")]
     assert same[["layer", "other_layer", "difference"]].values.tolist() == [
-        ["features", "fine", -1]
+        ["features", "_fine.0", -1]
     ]
     images = pd.read_parquet(Path(run.path) / "metrics/localization_images")
     images = images[images["network"] == "one"]
     overlap = images.groupby(["method", "layer"], dropna=False)["iou_any"].agg(["size", "min"])
     assert (overlap["size"] == 6).all()
-    assert overlap["min"]["sca_cam", "features"] < 0.5 < overlap["min"]["sca_cam", "fine"]
+    assert overlap["min"]["sca_cam", "features"] < 0.5 < overlap["min"]["sca_cam", "_fine.0"]
     told = str(result)
     assert "sca_cam (features)" in told
     assert "\nextent_cam" in told
     page = Path(report.run(run=run.path).path).read_text()
-    for name in ("sca_cam (fine)", "sca_cam (features)", "extent_cam"):
+    for name in ("sca_cam (_fine.0)", "sca_cam (features)", "extent_cam"):
         assert f"<code>{name}</code>" in page
 
 
@@ -236,14 +240,14 @@ def test_masks_are_measured_layer_by_layer(run: scacam.Run, tmp_path: Path) -> N
     result = evaluate.run(run=run.path, masks=str(masks))
     rows = {(row["network"], row["method"], row["layer"]): row["value"]
             for row in result.rows["localization"]}  # fmt: skip
-    assert rows["one", "sca_cam", "fine"] > 0.9 > 0.5 > rows["one", "sca_cam", "features"]
+    assert rows["one", "sca_cam", "_fine.0"] > 0.9 > 0.5 > rows["one", "sca_cam", "features"]
     assert rows["two", "grad_cam", "features"] > 0.9
 
 
 def test_the_audit_is_judged_by_evidence_of_the_target_layer(run: scacam.Run) -> None:
     assert judge(run, "one").name == "sca_cam (features)"
     found = audit(run)
-    names = ["sca_cam (features)", "grad_cam", "sca_cam (fine)", "extent_cam"]
+    names = ["sca_cam (features)", "grad_cam", "sca_cam (_fine.0)", "extent_cam"]
     assert found.networks["one"].methods == names
     assert found.networks["one"].largest.mean_map.shape == (4, 4)  # type: ignore[union-attr]
     correlation = found.networks["one"].correlation
@@ -260,7 +264,7 @@ def test_runs_are_compared_layer_by_layer(tmp_path: Path) -> None:
     named = lambda runs, names: [  # noqa: E731
         (one.name, each.name) for one, each in pair_claimants(*runs, names)
     ]
-    every = ["sca_cam (features)", "grad_cam", "sca_cam (fine)", "extent_cam"]
+    every = ["sca_cam (features)", "grad_cam", "sca_cam (_fine.0)", "extent_cam"]
     assert named((first, second), ("one", "one")) == [(name, name) for name in every]
     expected = [("sca_cam (features)", "sca_cam"), ("grad_cam", "grad_cam")]
     assert named((first, other), ("one", "one")) == expected
@@ -282,17 +286,17 @@ def test_runs_are_compared_layer_by_layer(tmp_path: Path) -> None:
         tuple(table[name][0].as_py() for name in ("network_a", "method", "layer_a", "layer_b"))
         for table in tables
     ]
-    assert ("one", "sca_cam", "fine", "fine") in keys
+    assert ("one", "sca_cam", "_fine.0", "_fine.0") in keys
     assert all(table["moved"].to_pylist() == [0] * 6 for table in tables)
     page = Path(compare.run(runs=[first.path, second.path]).page).read_text()
-    assert "<code>sca_cam (fine)</code>" in page
+    assert "<code>sca_cam (_fine.0)</code>" in page
 
 
 def test_pictures_show_every_layer(run: scacam.Run, tmp_path: Path) -> None:
     rows = dict(pictures.images(run))[2]
     assert [(row["layer"], row["method"]) for row in rows["one"]] == [
         ("features", "sca_cam"), ("features", "grad_cam"),
-        ("fine", "sca_cam"), ("fine", "extent_cam"),
+        ("_fine.0", "sca_cam"), ("_fine.0", "extent_cam"),
     ]  # fmt: skip
     assert pictures.run(run=run.path, limit=2).pictures == 2
 

@@ -300,7 +300,8 @@ class ScoreImages(_Stage):
         }
         rows |= {name: scores[name][mapped].ravel() for name in IMAGE_SCORES.names[len(rows) :]}
         arrays = [pa.array(rows[field.name], field.type) for field in IMAGE_SCORES]
-        name = f"{self.layer}-{shard.rpartition('/')[2]}"  # shards of other layers are called alike
+        # Those of other layers are called alike, and a name that begins with _ would be hidden.
+        name = shard.rpartition("/")[2].replace(".parquet", f"-{self.layer}.parquet")
         write_table(join(self.folder, name), pa.table(arrays, schema=IMAGE_SCORES))
 
 

@@ -36,7 +36,6 @@ from scacam.evaluation.truth import MaskFiles, TrueBoxes, read_boxes, read_masks
 from scacam.pipeline.cluster import start_ray
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
-from scacam.runs.shards import shards_of
 from scacam.storage import join, locate
 from scacam.storage.parquet import read_columns, write_table
 
@@ -240,10 +239,7 @@ class Work(NamedTuple):
             input_size=tuple(described["preprocessing"]["crop_size"]),
             **more,
         )
-        folder = self.run.shards.folder(network, layer)
-        shards = [
-            join(self.run.path, folder, info.base_name) for info in shards_of(self.run.path, folder)
-        ]
+        shards = self.run.shards(network, layer)
         counts: Counter[str] = Counter()
 
         def states() -> Iterator[State]:

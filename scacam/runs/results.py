@@ -21,8 +21,8 @@ from scacam.images import decode
 from scacam.inputs.containers import read_image
 from scacam.localization import interpolation
 from scacam.runs.record import layers_of, read_record
-from scacam.runs.shards import Shards
-from scacam.storage import absolute, join, locate
+from scacam.runs.shards import Shards, shards_of
+from scacam.storage import absolute, join, locate, uri_of
 from scacam.tables import ERRORS, claimant_names, unpack_heatmaps
 
 __all__ = ["Claimant", "Row", "Run", "open_run"]
@@ -173,7 +173,7 @@ class Run:
         ids = None if image_ids is None else np.unique(np.asarray(image_ids, dtype=np.int64))
         if ids is not None:
             condition = condition & _among(ids)
-        explanations = self.shards.dataset(
+        explanations = self._shards.dataset(
             having or list(layers), ids, heatmaps=network is not None
         )
         names = explanations.schema.names
@@ -182,6 +182,11 @@ class Run:
         return explanations.scanner(
             _columns(names if columns is None else columns), filter=condition
         )
+
+    def shards(self, network: str, layer: str) -> list[str]:
+        """Where the explanations of a layer are, file by file, for readers other than pyarrow."""
+        infos = shards_of(self.path, self._shards.folder(network, layer))
+        return [uri_of(self.path, info.path) for info in infos]
 
     def heatmap(self, row: Row, on_image: bool = False) -> np.ndarray:
         """The heatmap of a row, raw and signed, before any ReLU: float32 `[h, w]`.
@@ -248,8 +253,7 @@ class Run:
         return None
 
     @cached_property
-    def shards(self) -> Shards:
-        """Where the explanations lie."""
+    def _shards(self) -> Shards:
         return Shards(self.path, by_layer=self.config["schema_version"] > 1)
 
     def _has(self, name: str) -> bool:
