@@ -120,7 +120,7 @@ def test_explanations_are_selected_by_layer(run: scacam.Run) -> None:
     }  # fmt: skip
     with pytest.raises(RunError, match="no layer 'layer4'; it has features, _fine"):
         run.explanations("one", layer="layer4")
-    with pytest.raises(RunError, match="no layer '_fine[.]0'; it has features"):
+    with pytest.raises(RunError, match=r"no layer '_fine\.0'; it has features"):
         run.explanations("two", layer="_fine.0")
 
 
