@@ -24,6 +24,7 @@ FLOORS = (
     ("explainer",),
     ("runs",),
     ("audit",),
+    ("trials",),
     ("pipeline", "report"),
     ("jobs",),
     ("__main__",),
@@ -32,7 +33,7 @@ FLOORS = (
 
 WITHOUT_TORCH = (
     *("storage", "inputs", "images", "tables", "drawing", "localization", "runs.results"),
-    *("evaluation", "audit", "report"),
+    *("evaluation", "audit", "report", "trials.metrics", "trials.likeness"),
 )
 
 
