@@ -132,8 +132,9 @@ def test_a_named_target_layer() -> None:
     assert network.target_layer == TargetLayer("layer3")
     assert (network.head.kind, network.feature_shape) == ("general", (256, 14, 14))
     maps = Explainer(network, top_k=1)(torch.randn(1, 3, 224, 224)).heatmaps
-    assert set(maps) == {name for name in METHODS if name != "gap_cam"}
+    assert set(maps) == set(METHODS) - {"gap_cam"}
     assert maps["grad_cam"].shape == (1, 1, 14, 14)
+    assert maps["extent_cam"].shape == (1, 1, 28, 28)
 
 
 def test_larger_and_non_square_inputs_and_gray_ones() -> None:
@@ -828,12 +829,23 @@ def test_target_layers_and_categories_for_every_network_or_one(tmp_path: Path) -
     assert len(alone.categories or ()) == 1000
 
 
+def test_several_target_layers_of_every_network_or_one() -> None:
+    resnet, squeezenet = _load(
+        "--networks", "resnet18=random", "squeezenet1_1=random",
+        "--target-layer", "layer4", "layer2", "squeezenet1_1=features", "squeezenet1_1=features.7",
+    )  # fmt: skip
+    assert [layer.name for layer, *_ in resnet.layers] == ["layer2", "layer4"]
+    assert [layer.name for layer, *_ in squeezenet.layers] == ["features.7", "features"]
+    finer = load_networks(["resnet18=random"], finer_layer=["layer1"])[0].finer_layer
+    assert finer == TargetLayer("layer1")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("resnet18", "resnet18=random"), "'resnet18' is there twice"),
         (("resnet18=random", "--target-layer", "layer9"), "no layer 'layer9'"),
-        (("resnet18=random", "--target-layer", "a", "b"), "has a and b for every network"),
+        (("resnet18=random", "--categories", "a", "b"), "has a and b for resnet18"),
         (("resnet18=random", "--output-kind", "soft"), "unknown output kind 'soft'"),
         (("resnet18=random", "--categories", "no.txt"), "cannot read the class names in no.txt"),
         (("resnet18=random", "--categories", __file__), "category names for 1000 classes"),
@@ -867,9 +879,12 @@ def test_every_network_with_every_method(name: str) -> None:
     images = torch.randn(2, 3, *network.preprocessing.crop_size)
     explanation = Explainer(network, top_k=2)(images)
     expected = {method for method in METHODS if network.supports(method)}
-    assert set(explanation.heatmaps) == expected >= set(METHODS) - {"gap_cam"}
+    assert set(explanation.heatmaps) == expected >= set(METHODS) - {"gap_cam", "extent_cam"}
     for method, maps in explanation.heatmaps.items():
-        assert maps.shape == (2, 2, *network.feature_shape[1:]), method
+        finer = METHODS[method].needs_finer_layer
+        shape = network.finer_shape if finer else network.feature_shape
+        assert shape is not None
+        assert maps.shape == (2, 2, *shape[1:]), method
         assert maps.isfinite().all(), method
     assert not any(layer._forward_hooks for layer in network.module.modules())
     assert all(parameter.grad is None for parameter in network.module.parameters())

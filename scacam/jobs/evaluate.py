@@ -35,8 +35,8 @@ from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION
 from scacam.evaluation.truth import MaskFiles, TrueBoxes, read_boxes, read_masks
 from scacam.pipeline.cluster import start_ray
 from scacam.runs.lock import locked
-from scacam.runs.proof import shards_of
 from scacam.runs.results import Run, open_run
+from scacam.runs.shards import shards_of
 from scacam.storage import join, locate
 from scacam.storage.parquet import read_columns, write_table
 

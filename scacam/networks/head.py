@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from scacam.errors import NetworkError
-from scacam.methods import ALL_METHODS
+from scacam.methods import METHODS
 from scacam.methods.gradients import Gradients, MaskedGradients, weigh
 from scacam.networks.block import LastBlock, pruned
 from scacam.networks.output import (
@@ -152,7 +152,7 @@ class ExplainedLayer(NamedTuple):
 
     def supports(self, method: str) -> bool:
         """Whether a method has maps of this layer's features and resolution."""
-        needs = ALL_METHODS[method]
+        needs = METHODS[method]
         return not needs.needs_finer_layer and (
             self.head.kind != "general" or not needs.needs_class_weights
         )
