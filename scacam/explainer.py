@@ -12,6 +12,7 @@ from scacam.errors import ScacamError
 from scacam.methods import METHODS, gap_cam, grad_cam
 from scacam.methods.gradients import Gradients
 from scacam.networks import Network
+from scacam.networks.block import pruned
 from scacam.networks.head import differentiable, differentiate
 from scacam.networks.target import TargetLayer, capture
 
@@ -75,7 +76,8 @@ def observe(
     with torch.inference_mode(False), torch.no_grad():
         with (
             differentiable(network.module) if general else nullcontext(),
-            capture(network.module, wanted, differentiable=general) as captured,
+            pruned(network.module, network.head.block),
+            capture(network.module, images.shape[2:], wanted, general) as captured,
         ):
             logits = network.logits(images)
         with _full_precision(images):
@@ -97,7 +99,8 @@ def observe(
                 chosen = None if weights is None else weights[class_ids].to(features.dtype)
                 slopes: Gradients
                 if layer in by_autograd:
-                    slopes = _widened(by_autograd[layer])
+                    slopes = by_autograd[layer]
+                    slopes = _widened(slopes[..., :1, :1] if head.is_even else slopes)
                 else:
                     slopes = head.gradients(network.module, features, class_ids)
                 seen = Observation(logits.detach(), class_ids, features, slopes, chosen, None, {})
