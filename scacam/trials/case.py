@@ -10,7 +10,7 @@ from torch import Tensor
 
 from scacam.evaluation.measures import baseline_map
 from scacam.explainer import Explainer
-from scacam.methods import ALL_METHODS
+from scacam.methods import METHODS
 from scacam.networks import Network
 from scacam.trials.metrics import BASELINES
 from scacam.trials.perturbation import Pairs, edge_strength, ranks, same, upsampled
@@ -35,7 +35,7 @@ class Claimant(NamedTuple):
 
     Attributes:
         name: as tables have it.
-        method: of `ALL_METHODS`; None for a baseline, and for maps of unknown origin.
+        method: of `METHODS`; None for a baseline, and for maps of unknown origin.
         layer: the layer whose features it weighs; None for where the method's maps are by default.
     """
 
@@ -46,7 +46,7 @@ class Claimant(NamedTuple):
     @property
     def relu(self) -> bool:
         """Whether its maps get a ReLU first."""
-        return self.method is not None and ALL_METHODS[self.method].relu
+        return self.method is not None and METHODS[self.method].relu
 
 
 @dataclass(frozen=True)

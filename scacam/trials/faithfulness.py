@@ -9,7 +9,7 @@ from torch import Tensor
 
 from scacam.errors import ScacamError
 from scacam.explainer import Explainer
-from scacam.methods import ALL_METHODS
+from scacam.methods import METHODS
 from scacam.networks import Network
 from scacam.trials.case import Case, Claimant, claim, normal
 from scacam.trials.metrics import BASELINES, CURVES, chosen, measured
@@ -165,8 +165,8 @@ def faithfulness(
         raise ScacamError("faithfulness needs images and the maps of at least one method")
     full = {name: maps if maps.ndim == 4 else maps[:, None] for name, maps in heatmaps.items()}
     for name, maps in full.items():
-        if name not in ALL_METHODS:
-            raise ScacamError(f"unknown method {name!r}; known are {', '.join(ALL_METHODS)}")
+        if name not in METHODS:
+            raise ScacamError(f"unknown method {name!r}; known are {', '.join(METHODS)}")
         if len(maps) != len(images):
             raise ScacamError(f"{len(images)} images and {len(maps)} maps of {name}")
     wanted = list(metrics) if metrics is not None else None
