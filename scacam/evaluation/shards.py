@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from scacam.evaluation.bounds import reached
 from scacam.evaluation.measures import (
     BASELINES,
     FIXED_THRESHOLDS,
@@ -42,7 +43,6 @@ from scacam.evaluation.sweep import (
     quantise,
     score_map,
     search,
-    sweep,
 )
 from scacam.evaluation.tables import IMAGE_SCORES
 from scacam.evaluation.truth import MaskFiles, TrueBoxes
@@ -62,6 +62,7 @@ _COLUMNS = (
 
 _SWEPT = [(metric.name, overlap) for metric, overlap in SWEPT]
 _LARGEST = _SWEPT.index(("max_box_acc", RIGHT_IOU))
+_LIMITS = sorted({overlap for _, overlap in SWEPT})
 _ANY = _SWEPT.index(("max_box_acc_v2", RIGHT_IOU))
 
 
@@ -177,10 +178,11 @@ class CountHits(_Stage):
             }
         maps = _rectified(image.heatmaps, self.relu)
         first, places = _distinct([heatmap.tobytes() for heatmap in maps])
-        sweeps = [sweep(quantise(score_map(maps[index]))) for index in first]
-        sweeps += [baseline_sweep(name) for name in BASELINES]
-        found = np.stack([_hits(boxes, shown) for boxes in sweeps])
-        return {"hits": found[places]}
+        grays = [quantise(score_map(maps[index])) for index in first]
+        overlaps = [reached(gray, shown.pixels, _LIMITS) for gray in grays]
+        overlaps += [best_ious(baseline_sweep(name), shown.pixels) for name in BASELINES]
+        found = [hits({"iou": largest, "iou_any": best}) for largest, best in overlaps]
+        return {"hits": np.stack(found)[places]}
 
     def summed(
         self,
@@ -365,12 +367,6 @@ def _distinct(keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
     order = sorted(first.values())
     places = [order.index(first[key]) for key in keys]
     return order, places + [len(order) + index for index in range(len(BASELINES))]
-
-
-def _hits(boxes: Sweep, shown: InView) -> np.ndarray:
-    """Where the boxes of a map are right: bool `[4, 255]`."""
-    largest, any_contour = best_ious(boxes, shown.pixels)
-    return hits({"iou": largest, "iou_any": any_contour})
 
 
 def _overlaps(boxes: Sweep, shown: InView, levels: np.ndarray) -> np.ndarray:
