@@ -185,7 +185,7 @@ def truths(draw, gray: np.ndarray) -> np.ndarray:
     return np.reshape(corners, (-1, 2, 2)).swapaxes(1, 2).reshape(-1, 4)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(grays())
 def test_a_search_is_that_of_the_reference(gray):
     expected = [searched(gray, level) for level in range(LEVELS)]
@@ -195,7 +195,7 @@ def test_a_search_is_that_of_the_reference(gray):
     assert (largest - starts).tolist() == [e[1] for e in expected]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(st.data())
 def test_what_is_reached_is_what_a_search_at_every_level_finds(data):
     gray = data.draw(grays())
@@ -205,7 +205,7 @@ def test_what_is_reached_is_what_a_search_at_every_level_finds(data):
 @pytest.mark.long
 def test_what_is_reached_by_many_heatmaps():
     rng = np.random.default_rng(7)
-    for _ in range(600):
+    for _ in range(300):
         corners = rng.integers(0, GRID, (rng.integers(1, 4), 2, 2))
         truth = np.sort(corners, axis=1).reshape(-1, 4)
         assert_reached(quantise(score_map(heatmap(rng))), truth)
