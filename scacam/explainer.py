@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from scacam.errors import ScacamError
-from scacam.methods import ALL_METHODS, METHODS, gap_cam, grad_cam
+from scacam.methods import METHODS, gap_cam, grad_cam
 from scacam.methods.gradients import Gradients
 from scacam.networks import Network
+from scacam.networks.block import pruned
 from scacam.networks.head import differentiable, differentiate
 from scacam.networks.target import TargetLayer, capture
 
@@ -75,7 +76,8 @@ def observe(
     with torch.inference_mode(False), torch.no_grad():
         with (
             differentiable(network.module) if general else nullcontext(),
-            capture(network.module, wanted, differentiable=general) as captured,
+            pruned(network.module, network.head.block),
+            capture(network.module, images.shape[2:], wanted, general) as captured,
         ):
             logits = network.logits(images)
         with _full_precision(images):
@@ -97,7 +99,8 @@ def observe(
                 chosen = None if weights is None else weights[class_ids].to(features.dtype)
                 slopes: Gradients
                 if layer in by_autograd:
-                    slopes = _widened(by_autograd[layer])
+                    slopes = by_autograd[layer]
+                    slopes = _widened(slopes[..., :1, :1] if head.is_even else slopes)
                 else:
                     slopes = head.gradients(network.module, features, class_ids)
                 seen = Observation(logits.detach(), class_ids, features, slopes, chosen, None, {})
@@ -146,12 +149,12 @@ class Explainer:
 
         Args:
             network: the network to explain.
-            methods: names from `scacam.methods.ALL_METHODS`; left out, those of `METHODS`.
+            methods: names from `scacam.methods.METHODS`; left out, all.
             top_k: how many of the most probable classes to explain, at most all.
         """
-        unknown = [name for name in methods or () if name not in ALL_METHODS]
+        unknown = [name for name in methods or () if name not in METHODS]
         if unknown:
-            raise ScacamError(f"unknown method {unknown[0]!r}; known are {', '.join(ALL_METHODS)}")
+            raise ScacamError(f"unknown method {unknown[0]!r}; known are {', '.join(METHODS)}")
         if top_k < 1:
             raise ScacamError(f"top_k is the number of classes to explain, not {top_k}")
         self.network = network
@@ -191,12 +194,12 @@ class Explainer:
 
 def _is_finer(method: str) -> bool:
     """Whether a method's maps have the finer layer's resolution."""
-    return ALL_METHODS[method].needs_finer_layer
+    return METHODS[method].needs_finer_layer
 
 
 def _maps(method: str, seen: Observation) -> Tensor:
     """The maps of a method of what one layer shows."""
-    function = ALL_METHODS[method].function
+    function = METHODS[method].function
     shown = seen.features, seen.gradients, seen.class_weights
     if not _is_finer(method):
         return function(*shown)

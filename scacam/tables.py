@@ -5,7 +5,8 @@ Other rooms have the schemas of what they write themselves.
 Plain Arrow types only, so that any Parquet reader opens a shard without scacam.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,13 +19,16 @@ __all__ = [
     "INDEX",
     "MANIFEST",
     "SCHEMA_VERSION",
+    "claimant_names",
     "explanations",
+    "explanations_folder",
     "pack_heatmaps",
     "stacked",
     "unpack_heatmaps",
 ]
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""In version 1 a network had one layer, and its explanations lay in one folder for all."""
 
 MANIFEST = pa.schema(
     [
@@ -51,6 +55,7 @@ INDEX = pa.schema(
     [
         ("path", pa.string()),
         ("network", pa.string()),
+        ("layer", pa.string()),
         ("rows", pa.int64()),
         ("images", pa.int64()),
         ("first_image_id", pa.int64()),
@@ -58,7 +63,8 @@ INDEX = pa.schema(
         ("bytes", pa.int64()),
     ]
 )
-"""The shards of a complete run, by their paths below the output; of errors the network is null."""
+"""The shards of a complete run, by their paths below the output; of errors network and layer are
+null."""
 
 IMAGE = pa.schema(
     [
@@ -117,13 +123,33 @@ def unpack_heatmaps(heatmaps: np.ndarray, scales: np.ndarray) -> np.ndarray:
     return heatmaps.astype(np.float32) * scales[..., None, None].astype(np.float32)
 
 
+def claimant_names(
+    claimants: Iterable[tuple[str | None, str]],
+) -> dict[tuple[str | None, str], str]:
+    """What those are called that have maps of one network, each a layer and a method.
+
+    By the method alone, but with the layer where the network has several layers of it.
+    """
+    claimants = list(dict.fromkeys(claimants))
+    layers = Counter(method for _, method in claimants)
+    return {
+        (layer, method): method if layers[method] == 1 else f"{method} ({layer})"
+        for layer, method in claimants
+    }
+
+
+def explanations_folder(network: str, layer: str) -> str:
+    """Where the explanations of a network's layer lie, below the output."""
+    return f"explanations/network={network}/layer={layer}"
+
+
 def explanations(images: pa.Table, lists: pa.ListArray, shape: tuple[int, int]) -> pa.Table:
     """Unfold images into rows, one per class and method.
 
     Args:
         images: the columns of `IMAGE`, one row per image.
         lists: for each image the list of its explanations, structs as in `EXPLANATION`.
-        shape: height and width of this network's heatmaps.
+        shape: height and width of the heatmaps.
 
     Returns:
         The table as it is stored, with the columns of the output contract in their order.

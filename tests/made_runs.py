@@ -13,23 +13,25 @@ import pyarrow.parquet as pq
 from scacam.audit.caw import CAW
 from scacam.evaluation.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
 from scacam.localization import localize
+from scacam.methods import METHODS
 from scacam.runs.proof import prove
 from scacam.tables import (
     ERRORS,
     EXPLANATION,
     IMAGE,
     MANIFEST,
+    SCHEMA_VERSION,
     explanations,
+    explanations_folder,
     pack_heatmaps,
 )
-
-RELU = {"feature_map": False, "gap_cam": False, "grad_cam": True, "sca_cam": False}
 
 
 @dataclass
 class Said:
     """What one network says of N images: K classes each, and `[N, K, h, w]` maps by method.
 
+    They are of its target layer, `features`; those of other layers come by the layer's name.
     Names that are None are null in the shards, as runs without categories once were.
     """
 
@@ -40,6 +42,11 @@ class Said:
     input_size: tuple[int, int] = (64, 64)
     views: np.ndarray | None = None
     weights: str = "DEFAULT"
+    others: dict[str, dict[str, np.ndarray]] = field(default_factory=dict)
+
+    @property
+    def layers(self) -> dict[str, dict[str, np.ndarray]]:
+        return {"features": self.heatmaps, **self.others}
 
 
 @dataclass
@@ -89,21 +96,22 @@ def write_run(
         schema=pa.schema([IMAGE.field(name) for name in IMAGE.names]),
     )
     for name, said in networks.items():
-        path = folder / f"explanations/network={name}"
-        path.mkdir(parents=True)
-        for shard, places in enumerate(np.array_split(np.arange(count), shards)):
-            rows = _rows(table.take(places), said, places)
-            pq.write_table(rows, path / f"{shard}.parquet", compression="zstd")
+        for layer, heatmaps in said.layers.items():
+            path = folder / explanations_folder(name, layer)
+            path.mkdir(parents=True)
+            for shard, places in enumerate(np.array_split(np.arange(count), shards)):
+                rows = _rows(table.take(places), said, heatmaps, places)
+                pq.write_table(rows, path / f"{shard}.parquet", compression="zstd")
+    used = [name for said in networks.values() for maps in said.layers.values() for name in maps]
     record = {
-        "schema_version": 1,
+        "schema_version": SCHEMA_VERSION,
         "status": "complete",
         "images": count + len(images.failed),
         "explained": count,
         "seconds": 2.0,
         "networks": [_described(name, said) for name, said in networks.items()],
         "methods": {
-            name: {"relu": RELU[name], "paper": "a paper"}
-            for name in dict.fromkeys(name for said in networks.values() for name in said.heatmaps)
+            name: {"relu": METHODS[name].relu, "paper": "a paper"} for name in dict.fromkeys(used)
         },
         "top_k": max(said.class_ids.shape[1] for said in networks.values()),
         "view": "whole_image",
@@ -111,7 +119,7 @@ def write_run(
         **config,
     }
     (folder / "run.json").write_text(json.dumps(record))
-    index = prove(str(folder), list(networks), len(all_ids)).index
+    index = prove(str(folder), record["networks"], len(all_ids)).index
     pq.write_table(index, folder / "index.parquet")
     return str(folder)
 
@@ -125,21 +133,44 @@ def _described(name: str, said: Said) -> dict[str, Any]:
         "target_layer": "features",
         "feature_shape": [8, *shape[2:]],
         "num_classes": len(said.class_names),
-        "methods": list(said.heatmaps),
+        "methods": list(dict.fromkeys(name for maps in said.layers.values() for name in maps)),
+        "layers": {
+            layer: {"methods": list(maps), "map_shape": next(iter(maps.values())).shape[2:]}
+            for layer, maps in said.layers.items()
+        },
     }
 
 
-def _rows(images: pa.Table, said: Said, places: np.ndarray) -> pa.Table:
+def as_version_1(out: Path) -> None:
+    """Give a run whose networks have one layer each the files of schema version 1."""
+    record = json.loads((out / "run.json").read_text())
+    index = pq.read_table(out / "index.parquet").drop_columns(["layer"]).to_pylist()
+    for network in record["networks"]:
+        (layer,) = network.pop("layers")
+        assert layer == network["target_layer"]
+        folder = out / explanations_folder(network["name"], layer)
+        for shard in folder.iterdir():
+            shard.rename(folder.parent / shard.name)
+        folder.rmdir()
+        for row in index:
+            row["path"] = row["path"].replace(f"/layer={layer}/", "/")
+    (out / "run.json").write_text(json.dumps({**record, "schema_version": 1}))
+    pq.write_table(pa.Table.from_pylist(index), out / "index.parquet")
+
+
+def _rows(
+    images: pa.Table, said: Said, heatmaps: dict[str, np.ndarray], places: np.ndarray
+) -> pa.Table:
     sizes = np.stack([images["width"].to_numpy(), images["height"].to_numpy()], axis=1)
     views = np.concatenate([np.zeros_like(sizes), sizes], axis=1).astype(np.float32)
     if said.views is not None:
         views = said.views[places].astype(np.float32)
-    classes, methods = said.class_ids.shape[1], list(said.heatmaps)
-    maps = np.stack([said.heatmaps[method][places] for method in methods], axis=2)
+    classes, methods = said.class_ids.shape[1], list(heatmaps)
+    maps = np.stack([heatmaps[method][places] for method in methods], axis=2)
     flat = maps.reshape(-1, *maps.shape[3:])
     packed, scales = pack_heatmaps(flat)
     each = classes * len(methods)
-    relu = np.tile([RELU[method] for method in methods], len(places) * classes)
+    relu = np.tile([METHODS[method].relu for method in methods], len(places) * classes)
     where = localize(flat, relu, views.repeat(each, axis=0), said.input_size)
     columns: dict[str, Any] = dict(
         zip(EXPLANATION.names[:4], views.repeat(each, axis=0).T, strict=True)
@@ -176,19 +207,23 @@ def evaluate(out: Path) -> None:
     for network in networks:
         for method, value in (("grad_cam", 0.5), ("sca_cam", 0.6), ("whole_image", 0.3)):
             row = {"network": network, "method": method, "metric": "max_box_acc_v2", "value": value}
+            row["layer"] = None if method == "whole_image" else "features"
             rows.append({**row, "ci_low": value - 0.1, "ci_high": value + 0.1, "images": 12})
             for threshold in np.linspace(0, 1, 9):
                 accuracy = value * (1 - threshold)
                 at = {"iou": 0.5, "threshold": threshold, "accuracy": accuracy}
                 curves.append(
-                    {"network": network, "method": method, "metric": "max_box_acc_v2", **at}
+                    {**{name: row[name] for name in ("network", "layer", "method", "metric")}, **at}
                 )
         pair = {"network": network, "metric": "max_box_acc_v2", "images": 12}
         for method, other, by in (("grad_cam", "sca_cam", -0.1), ("sca_cam", "whole_image", 0.3)):
             interval = {"difference": by, "ci_low": by - 0.2, "ci_high": by + 0.2}
+            interval["layer"] = "features"
+            interval["other_layer"] = None if other == "whole_image" else "features"
             pairs.append({**pair, "method": method, "other": other, **interval})
         scores = [
-            {"image_id": i, "uri": f"{i}", "class_id": i % 2, "method": "sca_cam", "top1": True,
+            {"image_id": i, "uri": f"{i}", "class_id": i % 2, "method": "sca_cam",
+             "layer": "features", "top1": True,
              "iou_any": i / 12, "energy": 0.5}
             for i in range(12)
         ]  # fmt: skip

@@ -104,7 +104,7 @@ def finished(tmp_path_factory, module_photo):
 
 
 def shards(output: Path, network: str) -> list[Path]:
-    return sorted((output / "explanations" / f"network={network}").glob("*.parquet"))
+    return sorted((output / "explanations" / f"network={network}").glob("*/*.parquet"))
 
 
 @pytest.mark.parametrize("network", NETWORKS)
@@ -191,7 +191,7 @@ def test_peaks_are_where_the_colour_is(tmp_path):
 
 def test_any_reader_opens_a_shard(finished):
     output = finished[0]
-    pattern = f"{output}/explanations/network=squeezenet1_1/*.parquet"
+    pattern = f"{output}/explanations/network=squeezenet1_1/layer=features/*.parquet"
     count = sum(pq.read_metadata(shard).num_rows for shard in shards(output, "squeezenet1_1"))
     assert len(pd.read_parquet(f"{output}/explanations/network=squeezenet1_1")) == count
     total, cells = duckdb.sql(
@@ -235,8 +235,8 @@ def test_only_the_workers_of_networks_load_torch(tmp_path):
     sent = (
         checkpoint(output),
         Decode([Preprocessing()], "center_crop", None),
-        Localize({"network": (224, 224)}, ["grad_cam"], None),
-        ShardSink(output, {"network": (7, 7)}, None, 1.0),
+        Localize({"explanations": (224, 224)}, ["grad_cam"], None),
+        ShardSink(output, {"explanations": (7, 7)}, None, 1.0),
     )
     program = "import pickle, sys; pickle.load(sys.stdin.buffer); print('torch' in sys.modules)"
     receiver = subprocess.run(
@@ -250,7 +250,7 @@ def test_bfloat16_gives_the_same_maps_but_for_its_rounding(tmp_path, photo_folde
     maps = []
     for name, arguments in (("whole", []), ("half", ["--bfloat16"])):
         assert run(folder, tmp_path / name, *arguments) == 0
-        (shard_folder,) = (tmp_path / name / "explanations").iterdir()
+        (shard_folder,) = (tmp_path / name / "explanations").glob("*/*")
         rows = pq.read_table(shard_folder, partitioning=None).sort_by(
             [(key, "ascending") for key in ("image_id", "class_id", "method")]
         )

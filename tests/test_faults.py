@@ -25,6 +25,7 @@ pytestmark = pytest.mark.long
 ROOT = Path(__file__).parent.parent
 IMAGES = 160
 _SHARDS_PER_NODE = 3
+LAYERS = ("explanations/network=a/layer=1", "explanations/network=a/layer=2")
 
 
 def start(source: str, output: str, *arguments: str, environment: dict[str, str] | None = None):
@@ -330,7 +331,7 @@ def test_a_task_cut_off_between_its_shards_and_its_commit(store, tmp_path):
 
     for output in (str(tmp_path / "out"), f"s3://{BUCKET}/cut/out"):
         for name in ("whole", "begun", "committed"):
-            for folder in ("explanations/network=a", "explanations/network=b", "errors"):
+            for folder in (*LAYERS, "errors"):
                 write_bytes(f"{output}/{folder}/{name}.parquet", b"x")
         done = [f"{output}/.checkpoint/{name}.parquet" for name in ("whole", "committed")]
         pending = [
@@ -345,8 +346,7 @@ def test_a_task_cut_off_between_its_shards_and_its_commit(store, tmp_path):
         assert {name for name in left if name.endswith(".parquet")} == {
             f"{folder}/{name}.parquet"
             for folder in (
-                "explanations/network=a",
-                "explanations/network=b",
+                *LAYERS,
                 "errors",
                 ".checkpoint",
             )

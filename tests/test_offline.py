@@ -88,7 +88,7 @@ def test_classes_have_names_from_the_start(labelled: Path) -> None:
 
 def test_a_run_of_before_is_read_with_names(labelled: Path) -> None:
     """Names were null, and labels of test splits −1."""
-    for path in (labelled / f"explanations/network={NAMELESS}").glob("*.parquet"):
+    for path in (labelled / f"explanations/network={NAMELESS}").glob("*/*.parquet"):
         table = pq.ParquetFile(path).read()
         for name, value in (("class_name", None), ("label", -1)):
             place = table.schema.get_field_index(name)

@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from functools import partial
 from html.parser import HTMLParser
 from pathlib import Path
@@ -16,7 +15,6 @@ import pytest
 from made_runs import Images, Said, evaluate, weigh, write_run
 from PIL import Image
 from pyarrow import fs
-from selenium import webdriver
 from servers import BUCKET, ObjectStore
 
 from scacam.jobs.command import run_job
@@ -192,7 +190,7 @@ def test_runs_of_one_and_two_photos(tmp_path: Path, count: int) -> None:
 
 def test_a_missing_shard_is_said_aloud(tmp_path: Path) -> None:
     out = _run(tmp_path, networks=2, shards=3)
-    next(out.glob("explanations/network=net/1.parquet")).unlink()
+    next(out.glob("explanations/network=net/layer=features/1.parquet")).unlink()
     assert main(["--run", str(out)]) == 0
     words = _Page((out / "report.html").read_text()).words
     assert "4 of 13 images have neither explanations of net nor an error" in words
@@ -202,7 +200,7 @@ def test_images_of_a_missing_shard_are_not_shown(tmp_path: Path) -> None:
     out = _run(tmp_path, networks=1, shards=3)
     evaluate(out)
     for lost in (0, 2):
-        (out / f"explanations/network=net/{lost}.parquet").unlink()
+        (out / f"explanations/network=net/layer=features/{lost}.parquet").unlink()
     assert main(["--run", str(out)]) == 0
     words = _Page((out / "report.html").read_text()).words
     assert "8 of 13 images have neither" in words
@@ -216,7 +214,7 @@ def test_images_of_a_missing_shard_are_not_shown(tmp_path: Path) -> None:
         (lambda out: (out / "manifest.parquet").unlink(), "manifest.parquet"),
         (lambda out: (out / "run.json").write_text('{"schema_version": 7}'), "newer scacam"),
         (
-            lambda out: next(out.glob("explanations/*/*.parquet")).write_bytes(b"PAR1PAR1"),
+            lambda out: next(out.glob("explanations/*/*/*.parquet")).write_bytes(b"PAR1PAR1"),
             "network=",
         ),
     ],
@@ -274,33 +272,6 @@ def test_a_hundred_thousand_rows_take_no_more_memory(tmp_path: Path) -> None:
         sizes.append((out / "report.html").stat().st_size)
     assert peaks[1] < 1.2 * peaks[0] + 40
     assert sizes[1] < 2 * sizes[0] < 8e6
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    """Debian's Chromium, without a window and without a network."""
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        assert not os.environ.get("CI"), "no chromium: .ci/run installs it"
-        pytest.skip("needs chromium and chromium-driver")
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for argument in (
-        "--headless",
-        "--no-sandbox",
-        "--disable-gpu",
-        "--disable-quic",
-        "--no-first-run",
-        "--disable-background-networking",
-        "--disable-component-update",
-        "--disable-sync",
-        "about:blank",
-    ):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    opened = webdriver.Chrome(options, webdriver.ChromeService(driver))
-    yield opened
-    opened.quit()
 
 
 def _open(browser: Any, path: Path, width: int, scheme: str) -> None:

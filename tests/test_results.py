@@ -158,17 +158,14 @@ def test_a_newer_schema_version_is_refused(run: scacam.Run) -> None:
 
 
 def test_a_run_without_explanations_says_so(run: scacam.Run) -> None:
-    for shard in Path(run.path).glob("explanations/*/*.parquet"):
+    for shard in Path(run.path).glob("explanations/*/*/*.parquet"):
         shard.unlink()
-        if not list(shard.parent.iterdir()):
-            shard.parent.rmdir()
-    (Path(run.path) / "explanations").rmdir()
     with pytest.raises(RunError, match="has no explanations"):
         run.explanations("small")
 
 
 def test_a_truncated_shard_is_named(run: scacam.Run) -> None:
-    shard = next(Path(run.path).glob("explanations/network=small/*.parquet"))
+    shard = next(Path(run.path).glob("explanations/network=small/*/*.parquet"))
     shard.write_bytes(shard.read_bytes()[:100])
     with pytest.raises(RunError, match="network=small"):
         run.explanations("small").to_table()
@@ -184,7 +181,7 @@ def test_reading_needs_neither_torch_nor_ray() -> None:
 
 
 def test_shards_stay_plain_parquet(run: scacam.Run) -> None:
-    shard = next(Path(run.path).glob("explanations/network=wide/*.parquet"))
+    shard = next(Path(run.path).glob("explanations/network=wide/*/*.parquet"))
     assert pq.read_schema(shard).field("heatmap").type.shape == [3, 4]
 
 
@@ -215,7 +212,9 @@ def test_shards_of_other_images_are_not_opened(tmp_path: Path) -> None:
     images = Images([f"{i}" for i in range(9)], [(64, 64)] * 9, np.zeros(9, int))
     run = scacam.open_run(write_run(tmp_path, images, {"net": said}, shards=3))
     for shard in (1, 2):
-        (tmp_path / f"explanations/network=net/{shard}.parquet").write_bytes(b"broken")
+        (tmp_path / f"explanations/network=net/layer=features/{shard}.parquet").write_bytes(
+            b"broken"
+        )
     found = run.explanations("net", image_ids=[0, 2]).to_table()
     assert found["image_id"].to_pylist() == [0, 2]
     with pytest.raises(pa.ArrowInvalid):

@@ -15,7 +15,7 @@ from scacam.jobs.command import run_job
 from scacam.runs import lifecycle
 from scacam.runs.proof import prove
 from scacam.runs.record import write_record
-from scacam.tables import ERRORS, SCHEMA_VERSION
+from scacam.tables import ERRORS, SCHEMA_VERSION, explanations_folder
 
 STEPS = ("write_record", "write_table", "shards_of", "_forget_checkpoint")
 """What the life of a run consists of; `shards_of` comes just before files are deleted."""
@@ -24,7 +24,7 @@ EXPLAINED, FAILED = [0, 1, 3, 5], [2, 4]
 RECORD = {
     "schema_version": SCHEMA_VERSION,
     "images": 6,
-    "networks": [{"name": "n", "output_kind": "softmax"}],
+    "networks": [{"name": "n", "output_kind": "softmax", "layers": {"l": {"methods": ["m"]}}}],
     "versions": {"scacam": "0"},
     "explained": 4,
     "checkpoint": ".checkpoint",
@@ -55,7 +55,7 @@ def cut_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], None]:
 
 def made_run(output: Path, status: str) -> None:
     """As many rows as a proof reads, and a checkpoint that has all of them as done."""
-    shards = output / "explanations" / "network=n"
+    shards = output / explanations_folder("n", "l")
     shards.mkdir(parents=True)
     (output / "errors").mkdir()
     columns = {"image_id": EXPLAINED, "class_id": [1] * 4, "method": ["m"] * 4}
@@ -118,7 +118,7 @@ def test_a_completion_cut_off_at_every_step(tmp_path, cut_after):
     for steps in count():
         output = tmp_path / str(steps)
         made_run(output, "running")
-        proof = prove(str(output), ["n"], 6)
+        proof = prove(str(output), RECORD["networks"], 6)
         cut_after(steps)
         try:
             lifecycle.complete(str(output), RECORD | {"status": "complete"}, proof)

@@ -21,10 +21,9 @@ from scacam.pipeline.cluster import start_ray
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import start_tally
-from scacam.pipeline.rows import explanations_column
 from scacam.pipeline.sink import ShardSink
 from scacam.storage.s3 import open_bucket
-from scacam.tables import EXPLANATION, MANIFEST, pack_heatmaps
+from scacam.tables import EXPLANATION, MANIFEST, explanations_folder, pack_heatmaps
 
 SMALL = Preprocessing((32, 32), 32)
 
@@ -75,15 +74,18 @@ def test_an_image_that_is_decoded_apart_fails_for_the_same_reason(photo_bytes):
     assert size == (300, 200)
 
 
+ONE, TWO = (explanations_folder(name, "features") for name in ("one", "two"))
+
+
 def explained(maps: dict[str, np.ndarray]) -> pa.Table:
-    """A block as the networks leave it: of each, one map `[N, h, w]` of every image."""
+    """A block as the networks leave it: in each column, one map `[N, h, w]` of every image."""
     count = len(next(iter(maps.values())))
     columns: dict[str, object] = {"image_id": np.arange(count)}
     columns["uri"] = [f"{index}.jpg" for index in range(count)]
     columns |= {"width": pa.array([64] * count, pa.int32()), "label": pa.nulls(count, pa.int32())}
     columns |= {"height": columns["width"]}
     columns |= {name: pa.nulls(count, pa.string()) for name in ("stage", "error", "message")}
-    for network, heatmaps in maps.items():
+    for name, heatmaps in maps.items():
         packed, scales = pack_heatmaps(heatmaps)
         values = {"view_x0": 0, "view_y0": 0, "view_x1": 64, "view_y1": 64, "class_id": 0}
         values |= {"rank": 1, "probability": 1, "method": "gap_cam"}
@@ -92,13 +94,12 @@ def explained(maps: dict[str, np.ndarray]) -> pa.Table:
             [values | {"heatmap": heatmap.ravel(), "scale": scale}]
             for heatmap, scale in zip(packed, scales, strict=True)
         ]
-        columns[explanations_column(network)] = pa.array(lists, pa.list_(pa.struct(EXPLANATION)))
+        columns[name] = pa.array(lists, pa.list_(pa.struct(EXPLANATION)))
     return pa.table(columns)
 
 
-def spoilt(block: pa.Table, network: str, row: int) -> pa.Table:
+def spoilt(block: pa.Table, name: str, row: int) -> pa.Table:
     """The block with a map of too few cells."""
-    name = explanations_column(network)
     lists = block[name].to_pylist()
     lists[row][0]["heatmap"] = lists[row][0]["heatmap"][1:]
     column = pa.array(lists, block.schema.field(name).type)
@@ -107,40 +108,36 @@ def spoilt(block: pa.Table, network: str, row: int) -> pa.Table:
 
 def test_a_map_that_raises_costs_its_image_alone(tmp_path):
     rng = np.random.default_rng(0)
-    maps = {"one": rng.standard_normal((5, 4, 4)), "two": rng.standard_normal((5, 3, 3))}
-    stage = Localize({"one": (32, 32), "two": (32, 32)}, [], None)
+    maps = {ONE: rng.standard_normal((5, 4, 4)), TWO: rng.standard_normal((5, 3, 3))}
+    stage = Localize({ONE: (32, 32), TWO: (32, 32)}, [], None)
     whole = stage(explained(maps))
-    found = stage(spoilt(explained(maps), "two", 3))
+    found = stage(spoilt(explained(maps), TWO, 3))
     assert failures(whole) == {}
     assert failures(found) == {3: ("localize", "failed")}
     assert "ValueError" in found["message"][3].as_py()
     others = [0, 1, 2, 4]
-    for column in (explanations_column("one"), explanations_column("two")):
+    for column in (ONE, TWO):
         assert found[column].take(others) == whole[column].take(others)
     views = np.array([[0, 0, 64, 64]] * 5)
-    peaks, _ = localize(maps["one"], np.zeros(5, bool), views, (32, 32))
-    first = [
-        lists[0]["peak_x"] for lists in found[explanations_column("one")].take(others).to_pylist()
-    ]
+    peaks, _ = localize(maps[ONE], np.zeros(5, bool), views, (32, 32))
+    first = [lists[0]["peak_x"] for lists in found[ONE].take(others).to_pylist()]
     assert first == peaks[others, 0].tolist()
 
     start_ray()
-    sink = ShardSink(str(tmp_path), {"one": (4, 4), "two": (3, 3)}, start_tally(), 1.0)
+    sink = ShardSink(str(tmp_path), {ONE: (4, 4), TWO: (3, 3)}, start_tally(), 1.0)
     sink.write([found], SimpleNamespace(kwargs={"write_uuid": "task"}, task_idx=0))
-    for network in maps:
-        rows = ds.dataset(tmp_path / "explanations" / f"network={network}").to_table()
+    for folder in maps:
+        rows = ds.dataset(tmp_path / folder).to_table()
         assert rows["image_id"].to_pylist() == others
     assert ds.dataset(tmp_path / "errors").to_table()["image_id"].to_pylist() == [3]
 
 
 def test_what_failed_before_keeps_its_reason():
-    block = spoilt(
-        explained({"one": np.random.default_rng(0).standard_normal((2, 4, 4))}), "one", 1
-    )
+    block = spoilt(explained({ONE: np.random.default_rng(0).standard_normal((2, 4, 4))}), ONE, 1)
     for name, value in (("stage", "explain"), ("error", "not_finite"), ("message", "NaN")):
         column = pa.array([None, value], pa.string())
         block = block.set_column(block.schema.get_field_index(name), name, column)
-    found = Localize({"one": (32, 32)}, [], None)(block)
+    found = Localize({ONE: (32, 32)}, [], None)(block)
     assert failures(found) == {1: ("explain", "not_finite")}
 
 

@@ -6,6 +6,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from scacam.jobs import JOBS
+
 ROOT = Path(__file__).parent.parent
 MODULES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
@@ -24,7 +26,8 @@ FLOORS = (
     ("explainer",),
     ("runs",),
     ("audit",),
-    ("pipeline", "report"),
+    ("trials",),
+    ("browse", "pipeline", "report"),
     ("jobs",),
     ("__main__",),
 )
@@ -32,7 +35,7 @@ FLOORS = (
 
 WITHOUT_TORCH = (
     *("storage", "inputs", "images", "tables", "drawing", "localization", "runs.results"),
-    *("evaluation", "audit", "report"),
+    *("evaluation", "audit", "report", "browse", "trials.metrics", "trials.likeness"),
 )
 
 
@@ -108,8 +111,10 @@ def test_torch_stays_out_of_what_reads_and_writes():
 
 
 def test_no_room_is_crowded():
+    """Jobs are rows of a table, found by their names."""
     for package in (path.parent for path in MODULES.values() if path.name == "__init__.py"):
         inside = [path for path in package.glob("*.py") if not path.name.startswith("__")]
+        inside = [path for path in inside if package.name != "jobs" or path.stem not in JOBS]
         assert len(inside) <= 10, package
 
 

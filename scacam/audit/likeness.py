@@ -9,9 +9,9 @@ import numpy as np
 
 from scacam.audit.maps import TopMaps
 from scacam.evaluation.sweep import iou
-from scacam.localization import interpolation
+from scacam.localization import interpolation, upsample
 
-__all__ = ["Likeness", "energy", "likeness", "standard_ranks"]
+__all__ = ["Likeness", "energy", "flattened", "likeness", "standard_ranks"]
 
 _GRID = 16
 
@@ -57,6 +57,13 @@ def likeness(first: TopMaps, second: TopMaps) -> Likeness:
         (standard_ranks(flat[0]) * standard_ranks(flat[1])).sum(-1),
         iou(first.rectangles("box"), second.rectangles("box")),
     )
+
+
+def flattened(heatmaps: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
+    """Maps `[N, h, w]` as `[N, cells]`, upsampled to a shape if they have another."""
+    if heatmaps.shape[1:] != shape:
+        heatmaps = upsample(heatmaps, shape)
+    return heatmaps.reshape(len(heatmaps), -1)
 
 
 def _sampled(heatmaps: np.ndarray, views: np.ndarray, area: np.ndarray) -> np.ndarray:

@@ -11,6 +11,7 @@ JOBS = {
     "explain": "Explain a collection of images: class activation maps of every network and method.",
     "evaluate": "Evaluate how well the heatmaps of a run localize, against true boxes or masks.",
     "report": "Look through a run and write its report: one HTML file that opens anywhere.",
+    "browse": "Look around in a run: a local page to choose, sort and see all its images and maps.",
     "compare": "Compare two runs of the same images: which predictions changed, whose maps moved.",
     "pictures": "Draw each photo of a run with its top classes and its heatmaps: one PNG each.",
     "caw": "Relate the class activation weights, class weight and averaged gradient, of networks.",

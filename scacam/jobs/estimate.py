@@ -19,8 +19,7 @@ from scacam.pipeline.cluster import keep_freed_memory
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
-from scacam.pipeline.rows import explanations_column
-from scacam.tables import explanations
+from scacam.tables import explanations, explanations_folder
 
 __all__ = ["Estimate", "estimate"]
 
@@ -128,19 +127,22 @@ def estimate(
     batch = manifest.take(rows)
     feeding: dict[str, float] = {}
     explaining: dict[str, float] = {}
+    map_shapes: dict[str, tuple[int, int]] = {}
 
     batch, feeding["decode"] = _timed(decode, batch)
     for network, arguments in zip(networks, explain, strict=True):
         stage = Explain(**arguments)
         stage(batch)  # the first pass pays for allocations
         batch, explaining[network.name] = _timed(stage, batch)
+        for layer in stage.explainer.layers:
+            map_shapes[explanations_folder(network.name, layer)] = network.map_shape(layer)
     batch, feeding["localize"] = _timed(localize, batch)
     good = batch.filter(pc.is_null(batch["error"]))
     if not len(good):
         first = f"{batch['uri'][0]}: {batch['message'][0]}"
         raise RunError(f"none of {len(batch)} sampled images can be explained; the first, {first}")
     share = len(good) / len(batch)
-    output = sum(_stored(good, network) for network in networks) / len(batch)
+    output = sum(_stored(good, *layer) for layer in map_shapes.items()) / len(batch)
     return Estimate(
         images=len(manifest),
         failed=1 - share,
@@ -161,10 +163,10 @@ def _timed(stage: Callable[[pa.Table], pa.Table], batch: pa.Table) -> tuple[pa.T
     return after, (time.perf_counter() - began) / len(batch)
 
 
-def _stored(batch: pa.Table, network: Network) -> int:
-    lists = batch[explanations_column(network.name)].combine_chunks()
+def _stored(batch: pa.Table, folder: str, map_shape: tuple[int, int]) -> int:
+    lists = batch[folder].combine_chunks()
     buffer = io.BytesIO()
-    rows = explanations(batch, lists, network.feature_shape[1:])
+    rows = explanations(batch, lists, map_shape)
     pyarrow.parquet.write_table(rows, buffer, compression="zstd")
     return buffer.tell()
 

@@ -51,6 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, help="folder or s3:// prefix for the results")
     add_network_options(parser)
     parser.add_argument(
+        "--finer-layer",
+        nargs="+",
+        metavar="[NAME=]LAYER",
+        help="the layer whose features extent_cam takes, of every network or of the one named "
+        "(default: the last one of twice the target layer's resolution)",
+    )
+    parser.add_argument(
         "--methods",
         nargs="+",
         metavar="METHOD",
@@ -156,6 +163,7 @@ def run(
     output: str,
     networks: Sequence[str],
     target_layer: Sequence[str] = (),
+    finer_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
     output_kind: Sequence[str] = (),
     methods: Sequence[str] = tuple(METHODS),
@@ -189,7 +197,7 @@ def run(
     manifest = lifecycle.listed_before(output, asked(options)) or read_manifest(
         input, limit, image_column, label_column
     )
-    loaded = load_networks(networks, target_layer, categories, output_kind)
+    loaded = load_networks(networks, target_layer, categories, output_kind, finer_layer)
     manifest = resolve_labels(manifest, {network.name: network.categories for network in loaded})
     check_networks(options, loaded, manifest)
     if dry_run:
@@ -219,7 +227,7 @@ def explain_all(
     costs = [seconds_per_image(network) for network in networks]
     allotments = allot(costs, gpus)
     counts = explain(options, record, networks, costs, allotments)
-    proof = prove(options.output, [network.name for network in networks], images)
+    proof = prove(options.output, record["networks"], images)
     seconds = time.monotonic() - started
     record |= {
         "status": "complete",
@@ -257,8 +265,11 @@ def check_networks(
         absent = [name for name in options.methods if not network.supports(name)]
         if len(absent) == len(options.methods):
             raise RunError(f"{network.name} supports none of the methods {', '.join(absent)}")
-        if absent:
-            logger.info("%s has no %s: no class weights", network.name, ", ".join(absent))
+        finer = [name for name in absent if METHODS[name].needs_finer_layer]
+        weighing = [name for name in absent if name not in finer]
+        for names, what in ((weighing, "class weights"), (finer, "finer layer")):
+            if names:
+                logger.info("%s has no %s: no %s", network.name, ", ".join(names), what)
 
 
 def asked(options: SimpleNamespace) -> dict[str, Any]:

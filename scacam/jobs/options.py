@@ -61,7 +61,8 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="[NAME=]LAYER",
         help="the layer to explain, of every network or of the one named (default: the last with "
-        "a spatial output before the classifier)",
+        "a spatial output before the classifier); several are explained each by itself, and the "
+        "last of them to run is the target layer",
     )
     parser.add_argument(
         "--categories",
@@ -100,6 +101,7 @@ def load_networks(
     target_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
     output_kind: Sequence[str] = (),
+    finer_layer: Sequence[str] = (),
 ) -> list[Network]:
     """Load what the options of `add_network_options`, here by the same names, ask for.
 
@@ -108,9 +110,10 @@ def load_networks(
         RunError: the options contradict themselves, or a file of class names cannot be read.
     """
     wanted = parse_networks(networks)
-    layers = _by_network(target_layer, list(wanted), "--target-layer")
-    files = _by_network(categories, list(wanted), "--categories")
-    kinds = _by_network(output_kind, list(wanted), "--output-kind")
+    layers = _by_network(target_layer, list(wanted))
+    finer = _one_by_network(finer_layer, list(wanted), "--finer-layer")
+    files = _one_by_network(categories, list(wanted), "--categories")
+    kinds = _one_by_network(output_kind, list(wanted), "--output-kind")
     loaded = []
     for name, weights in wanted.items():
         logger.info("loading %s, weights %s", name, weights)
@@ -120,6 +123,7 @@ def load_networks(
                 name,
                 weights,
                 target_layer=layers.get(name),
+                finer_layer=finer.get(name),
                 categories=names,
                 output_kind=kinds.get(name),
             )
@@ -144,21 +148,29 @@ def seconds_per_image(network: Network) -> float:
         torch.set_num_threads(threads)
 
 
-def _by_network(values: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:
-    """A value for each network that has one: its own, `NAME=VALUE`, or the one for all."""
-    own, common = {}, []
+def _by_network(values: Sequence[str], names: Sequence[str]) -> dict[str, list[str]]:
+    """The values of each network that has some: its own, `NAME=VALUE`, or those for all."""
+    own: dict[str, list[str]] = {}
+    common = []
     for value in values:
         name, separator, rest = value.partition("=")
         if separator and name in names:
-            own[name] = rest
+            own.setdefault(name, []).append(rest)
         else:
             common.append(value)
-    if len(common) > 1:
-        raise RunError(
-            f"{option} has {' and '.join(common)} for every network; write NAME=VALUE, with NAME "
-            f"of {', '.join(names)}"
-        )
-    return {name: common[0] for name in names if common} | own
+    return {name: common for name in names if common} | own
+
+
+def _one_by_network(values: Sequence[str], names: Sequence[str], option: str) -> dict[str, str]:
+    """The one value of each network that has one."""
+    found = _by_network(values, names)
+    for name, several in found.items():
+        if len(several) > 1:
+            raise RunError(
+                f"{option} has {' and '.join(several)} for {name}; give each network one value, "
+                f"NAME=VALUE, with NAME of {', '.join(names)}"
+            )
+    return {name: value for name, (value,) in found.items()}
 
 
 def _read_categories(path: str) -> list[str]:

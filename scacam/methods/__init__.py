@@ -1,7 +1,6 @@
 """Every class activation map, one function each; see `maps`."""
 
 from scacam.methods.maps import (
-    ALL_METHODS,
     METHODS,
     Method,
     eigen_cam,
@@ -20,7 +19,6 @@ from scacam.methods.maps import (
 )
 
 __all__ = [
-    "ALL_METHODS",
     "METHODS",
     "Method",
     "eigen_cam",

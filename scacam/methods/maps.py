@@ -47,7 +47,6 @@ from scacam.methods.gradients import (
 )
 
 __all__ = [
-    "ALL_METHODS",
     "METHODS",
     "Method",
     "eigen_cam",
@@ -267,17 +266,13 @@ METHODS: dict[str, Method] = {
         Method(layer_cam, relu=True, needs_class_weights=False, paper="Jiang et al. 2021"),
         Method(eigen_cam, relu=False, needs_class_weights=False, paper="Muhammad and Yeasin 2020"),
         Method(eigen_grad_cam, relu=True, needs_class_weights=False, paper="Gildenblat 2021"),
+        Method(
+            extent_cam,
+            relu=False,
+            needs_class_weights=False,
+            paper="after Chen et al. 2022",
+            needs_finer_layer=True,
+        ),
     )
 }
 """All methods by name, in the order in which results list them."""
-
-ALL_METHODS = METHODS | {
-    "extent_cam": Method(
-        extent_cam,
-        relu=False,
-        needs_class_weights=False,
-        paper="after Chen et al. 2022",
-        needs_finer_layer=True,
-    )
-}
-"""With those whose maps a run cannot store yet, since they have a resolution of their own."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 from scacam.images import Preprocessing
-from scacam.methods import ALL_METHODS
+from scacam.methods import METHODS
 from scacam.networks.head import examine
 
 __all__ = ["Network"]
@@ -69,9 +69,9 @@ class Network:
                 sigmoid for a single logit.
 
         Raises:
-            NetworkError: there is no spatial map that the classifier pools, the target layer does
-                not exist, the module cannot be watched or is no function of one image, its logits
-                cannot be had, or the categories are not one per logit.
+            NetworkError: there is no map or token grid that the classifier reads, the target layer
+                does not exist, the module cannot be watched or is no function of one image, its
+                logits cannot be had, or the categories are not one per logit.
         """
         self.module = module.eval()
         self.name = name or type(module).__name__
@@ -120,7 +120,7 @@ class Network:
 
     def supports(self, method: str) -> bool:
         """Whether a method has maps for this network: of its target layer, or of the finer one."""
-        if ALL_METHODS[method].needs_finer_layer:
+        if METHODS[method].needs_finer_layer:
             return self.finer_layer is not None
         return self.layers[-1].supports(method)
 
@@ -135,9 +135,16 @@ class Network:
             for explained in self.layers
         }
         if self.finer_layer is not None:
-            finer = [name for name in methods if ALL_METHODS[name].needs_finer_layer]
+            finer = [name for name in methods if METHODS[name].needs_finer_layer]
             chosen.setdefault(self.finer_layer.name, []).extend(finer)
         return {layer: tuple(names) for layer, names in chosen.items() if names}
+
+    def map_shape(self, layer: str) -> tuple[int, int]:
+        """Height and width of the maps that stand under a layer's name."""
+        shapes = {explained.layer.name: explained.feature_shape for explained in self.layers}
+        if self.finer_layer is not None and self.finer_shape is not None:
+            shapes[self.finer_layer.name] = self.finer_shape
+        return shapes[layer][1:]
 
     def logits(self, images: Tensor) -> Tensor:
         """Logits `[B, classes]` of preprocessed images, whatever the module makes of them."""

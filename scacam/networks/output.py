@@ -30,7 +30,7 @@ _ITS_LOGITS = "let it return its logits"
 
 SHAPING = {
     "Clone", "View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "AsStrided",
-    "Permute", "Transpose",
+    "Permute", "Transpose", "IndexCopy", "Slice", "Alias",
 }  # fmt: skip
 """Operations of the autograd graph that leave the values as they are."""
 

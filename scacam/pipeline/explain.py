@@ -4,14 +4,14 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from scacam.pipeline.progress import BLANK, Held, fall, hold, taken_up
-from scacam.pipeline.rows import Failure, explanations_column, list_column, set_failures, tensors
-from scacam.tables import EXPLANATION, pack_heatmaps
+from scacam.pipeline.rows import Failure, list_column, set_failures, tensors
+from scacam.tables import EXPLANATION, explanations_folder, pack_heatmaps
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +30,19 @@ _LACKS_MEMORY = re.compile(
     "can't allocate memory|not enough memory|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"
 )
 _LOST_GPU = re.compile("(CUDA|CUDA driver|cuDNN|HIP) error")
+
+
+class _Explained(NamedTuple):
+    """What the network says of N images and K classes of each.
+
+    Attributes:
+        class_ids, probabilities: `[N, K]`.
+        heatmaps: by layer, `[N, K, methods, h, w]`.
+    """
+
+    class_ids: np.ndarray
+    probabilities: np.ndarray
+    heatmaps: dict[str, np.ndarray]
 
 
 class Explain:
@@ -83,18 +96,23 @@ class Explain:
         with taken_up(self.tally, f"explain {self.network.name}", batch) as deaths:
             rows = np.flatnonzero(batch["error"].is_null().to_numpy())
             failures: dict[int, Failure] = {}
-            structs: list[pa.StructArray] = []
-            lengths = np.zeros(len(batch), dtype=np.int64)
+            layers = self.explainer.layers
+            structs: dict[str, list[pa.StructArray]] = {layer: [] for layer in layers}
+            classes = np.zeros(len(batch), dtype=np.int64)
             self._advance(len(batch) - len(rows))
-            for done, struct, counts in self._explained(batch, rows, deaths, failures):
-                structs.append(struct)
-                lengths[done] = counts
+            for done, by_layer, counts in self._explained(batch, rows, deaths, failures):
+                for layer, struct in by_layer.items():
+                    structs[layer].append(struct)
+                classes[done] = counts
             if failures:
                 batch = set_failures(batch, failures)
             if self.last_use:
                 batch = batch.drop_columns([f"pixels {self.sampling}", f"view {self.sampling}"])
-            column = list_column(structs, lengths)
-            return batch.append_column(explanations_column(self.network.name), column)
+            for layer, methods in layers.items():
+                column = list_column(structs[layer], classes * len(methods))
+                name = explanations_folder(self.network.name, layer)
+                batch = batch.append_column(name, column)
+            return batch
 
     def _explained(
         self,
@@ -102,8 +120,8 @@ class Explain:
         rows: np.ndarray,
         deaths: Sequence[Held],
         failures: dict[int, Failure],
-    ) -> Iterator[tuple[np.ndarray, pa.StructArray, np.ndarray]]:
-        """Some rows at a time, their explanations and how many of them each row has.
+    ) -> Iterator[tuple[np.ndarray, dict[str, pa.StructArray], np.ndarray]]:
+        """Some rows at a time, their explanations by layer, and how many classes each row has.
 
         One row at a time where processes died of this block, or where the network raised
         something: so the image that is to blame is found, and its neighbours are explained.
@@ -144,13 +162,18 @@ class Explain:
                 failures[int(chosen[0])] = Failure("explain", kind, _in_one_line(error))
                 self._advance(1)
                 continue
-            finite = np.isfinite(explained["heatmaps"]).all((1, 2, 3, 4))
-            finite &= np.isfinite(explained["probabilities"]).all(1)
+            finite = np.isfinite(explained.probabilities).all(1)
+            for maps in explained.heatmaps.values():
+                finite &= np.isfinite(maps).all((1, 2, 3, 4))
             message = f"{self.network.name} gives logits or heatmaps that are not finite"
             for row in chosen[~finite]:
                 failures[int(row)] = Failure("explain", "not_finite", message)
-            struct, counts = self._structs(explained, views[chosen], labels[chosen], finite)
-            yield chosen, struct, counts
+            kept = self._kept(explained.class_ids, labels[chosen], finite)
+            structs = {
+                layer: self._structs(explained, layer, views[chosen], kept)
+                for layer in explained.heatmaps
+            }
+            yield chosen, structs, kept.sum(1)
             self._advance(len(chosen))
 
     def _probe(self, blank: np.ndarray, labels: np.ndarray) -> None:
@@ -173,7 +196,7 @@ class Explain:
         fall(self.tally, _in_one_line(error))
         os._exit(1)
 
-    def _explain(self, samples: np.ndarray, labels: np.ndarray) -> dict[str, np.ndarray]:
+    def _explain(self, samples: np.ndarray, labels: np.ndarray) -> "_Explained":
         import torch
 
         pixels = torch.from_numpy(samples)
@@ -185,39 +208,40 @@ class Explain:
         explanation = self.explainer(images, wanted if self.explain_label else None)
         probabilities = self.network.probabilities(explanation.logits)
         probabilities = probabilities.gather(1, explanation.class_ids)
-        maps = torch.stack([explanation.heatmaps[name] for name in self.explainer.methods], dim=2)
-        return {
-            "class_ids": explanation.class_ids.cpu().numpy(),
-            "probabilities": probabilities.cpu().numpy(),
-            "heatmaps": maps.float().cpu().numpy(),
-        }
+        return _Explained(
+            explanation.class_ids.cpu().numpy(),
+            probabilities.cpu().numpy(),
+            {
+                layer: torch.stack(list(maps.values()), dim=2).float().cpu().numpy()
+                for layer, maps in explanation.layers.items()
+            },
+        )
 
-    def _structs(
-        self,
-        explained: dict[str, np.ndarray],
-        views: np.ndarray,
-        labels: np.ndarray,
-        finite: np.ndarray,
-    ) -> tuple[pa.StructArray, np.ndarray]:
-        """The explanations of a batch as structs, and how many each image has."""
-        class_ids = explained["class_ids"]
-        count, classes = class_ids.shape
-        methods = self.explainer.methods
-        ranks = np.tile(np.arange(1, classes + 1), (count, 1))
-        kept = np.tile(finite[:, None], (1, classes))
-        only_label = ranks > self.explainer.top_k
+    def _kept(self, class_ids: np.ndarray, labels: np.ndarray, finite: np.ndarray) -> np.ndarray:
+        """Which classes of each image are stored: bool `[N, K]`."""
+        kept = np.tile(finite[:, None], (1, class_ids.shape[1]))
         if self.explain_label:
             among_top = (class_ids[:, :-1] == labels[:, None]).any(1)
             kept[:, -1] &= (labels >= 0) & ~among_top
+        return kept
+
+    def _structs(
+        self, explained: "_Explained", layer: str, views: np.ndarray, kept: np.ndarray
+    ) -> pa.StructArray:
+        """The explanations of a batch by a layer, as structs."""
+        count, classes = kept.shape
+        methods = self.explainer.layers[layer]
+        ranks = np.tile(np.arange(1, classes + 1), (count, 1))
+        only_label = ranks > self.explainer.top_k
         chosen = np.repeat(kept.reshape(-1), len(methods))
 
         def per_row(values: np.ndarray) -> np.ndarray:
             return np.repeat(values.reshape(-1), len(methods))[chosen]
 
-        maps = explained["heatmaps"]
+        maps = explained.heatmaps[layer]
         heatmaps, scales = pack_heatmaps(maps.reshape(-1, *maps.shape[-2:])[chosen])
         rows, height, width = heatmaps.shape
-        ids = per_row(class_ids)
+        ids = per_row(explained.class_ids)
         absent = pa.nulls(rows, pa.float32())
         view_rows = np.repeat(views, classes * len(methods), axis=0)[chosen]
         columns = {
@@ -225,7 +249,7 @@ class Explain:
             "class_id": ids.astype(np.int32),
             "class_name": [self.network.class_name(i) for i in ids],
             "rank": pa.array(per_row(ranks).astype(np.int16), mask=per_row(only_label)),
-            "probability": per_row(explained["probabilities"]),
+            "probability": per_row(explained.probabilities),
             "method": np.tile(np.array(methods, dtype=object), count * classes)[chosen],
             "heatmap": pa.ListArray.from_arrays(
                 pa.array(np.arange(rows + 1) * height * width, pa.int32()), heatmaps.reshape(-1)
@@ -235,8 +259,7 @@ class Explain:
             "scale": scales,
             **dict.fromkeys(EXPLANATION.names[-6:], absent),
         }
-        struct = pa.table(columns, schema=EXPLANATION).to_struct_array().combine_chunks()
-        return struct, kept.sum(1) * len(methods)
+        return pa.table(columns, schema=EXPLANATION).to_struct_array().combine_chunks()
 
 
 def settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, int]":

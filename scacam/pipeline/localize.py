@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from scacam.localization import localize
 from scacam.pipeline.progress import taken_up
-from scacam.pipeline.rows import Failure, explanations_column, list_column, set_failures
+from scacam.pipeline.rows import Failure, list_column, set_failures
 from scacam.tables import EXPLANATION, stacked, unpack_heatmaps
 
 __all__ = ["Localize"]
@@ -22,7 +22,7 @@ class Localize:
     """Fills in `peak_x` to `box_y1` of all explanations."""
 
     input_sizes: dict[str, tuple[int, int]]
-    """Height and width of the input, by network."""
+    """Height and width of the network's input, by the column of explanations."""
     rectified: Collection[str]
     """The methods that apply a ReLU before they localize."""
     tally: Any
@@ -38,8 +38,7 @@ class Localize:
                 return self._one_by_one(batch)
 
     def _localized(self, batch: pa.Table) -> pa.Table:
-        for network, input_size in self.input_sizes.items():
-            name = explanations_column(network)
+        for name, input_size in self.input_sizes.items():
             lists = batch[name].combine_chunks()
             rows = pa.Table.from_struct_array(lists.flatten())
             if not len(rows):

@@ -1,8 +1,9 @@
 """What the stages of the explain job pass on: one row per image, all the way.
 
 A stage takes a table and returns it with more columns. What goes wrong with an image is written
-into its row (`stage`, `error`, `message`), and the later stages pass it by. The explanations of
-network N lie in the column `explanations N`: for each image a list of structs as in
+into its row (`stage`, `error`, `message`), and the later stages pass it by. The explanations of a
+layer of a network lie in a column that is called as the folder in which they will be stored
+(`scacam.tables.explanations_folder`): for each image a list of structs as in
 `scacam.tables.EXPLANATION`.
 """
 
@@ -20,7 +21,6 @@ from scacam.tables import EXPLANATION
 __all__ = [
     "Failure",
     "bytes_per_image",
-    "explanations_column",
     "list_column",
     "sampling_of",
     "set_failures",
@@ -34,11 +34,6 @@ class Failure(NamedTuple):
     stage: str
     error: str
     message: str
-
-
-def explanations_column(network: str) -> str:
-    """The column that holds a network's explanations."""
-    return f"explanations {network}"
 
 
 def sampling_of(preprocessing: Preprocessing) -> Preprocessing:

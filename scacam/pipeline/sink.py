@@ -14,7 +14,6 @@ from ray.data.datasource import BlockBasedFileDatasink
 
 from scacam.errors import RunError
 from scacam.pipeline.progress import taken_up
-from scacam.pipeline.rows import explanations_column
 from scacam.storage import join, locate, patiently
 from scacam.storage.parquet import write_table
 from scacam.tables import ERRORS, explanations
@@ -25,7 +24,7 @@ _ENOUGH_TO_JUDGE = 100
 
 
 class ShardSink(BlockBasedFileDatasink):
-    """Writes one shard per task and network, and one of errors if there are any.
+    """Writes one shard per task, network and layer, and one of errors if there are any.
 
     Every file is named after its task: a task that runs again overwrites its own files, and Ray
     Data's checkpoint finds the files of a task that was cut off.
@@ -43,7 +42,7 @@ class ShardSink(BlockBasedFileDatasink):
 
         Args:
             output: the run's folder or prefix.
-            map_shapes: height and width of the heatmaps, by network.
+            map_shapes: height and width of the heatmaps, by the folder of explanations.
             tally: the `progress.Tally` actor.
             max_error_rate: the share of errors among the images so far above which to give up.
             explained_before: images explained before, of a run whose errors are tried again.
@@ -75,10 +74,10 @@ class ShardSink(BlockBasedFileDatasink):
             explained = images.filter(pc.is_null(images["error"]))
             errors = failed.select(ERRORS.names).cast(ERRORS)
             patiently(partial(self._write_shard, "errors", name, errors))
-            for network, shape in self.map_shapes.items():
-                lists = explained[explanations_column(network)].combine_chunks()
+            for folder, shape in self.map_shapes.items():
+                lists = explained[folder].combine_chunks()
                 rows = explanations(explained, lists, shape) if len(explained) else explained
-                patiently(partial(self._write_shard, f"explanations/network={network}", name, rows))
+                patiently(partial(self._write_shard, folder, name, rows))
         self._judge(len(images), errors)
 
     def _judge(self, images: int, errors: pa.Table) -> None:

@@ -19,6 +19,7 @@ from scacam.pipeline.rows import bytes_per_image, sampling_of
 from scacam.pipeline.share import share
 from scacam.pipeline.sink import ShardSink
 from scacam.storage import OUT_OF_REACH, absolute
+from scacam.tables import explanations_folder
 
 if TYPE_CHECKING:
     from scacam.networks import Network
@@ -49,7 +50,11 @@ def stages(
         for index, sampling in enumerate(uses)
     ]
     localize = Localize(
-        {network.name: network.preprocessing.crop_size for network in networks},
+        {
+            explanations_folder(network.name, layer): network.preprocessing.crop_size
+            for network in networks
+            for layer in network.methods_by_layer(options.methods)
+        },
         rectified=[name for name, method in METHODS.items() if method.relu],
         tally=tally,
     )
@@ -100,7 +105,11 @@ def explain(
     )
     sink = ShardSink(
         output,
-        {network.name: network.feature_shape[1:] for network in networks},
+        {
+            explanations_folder(network.name, layer): network.map_shape(layer)
+            for network in networks
+            for layer in network.methods_by_layer(options.methods)
+        },
         tally,
         options.max_error_rate,
         record.get("explained", 0),  # by a complete run, whose errors are tried again

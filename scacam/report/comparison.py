@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from scacam.audit.maps import Ranking
+from scacam.audit.compare import pair_claimants, pair_networks
+from scacam.audit.maps import Ranking, judge
 from scacam.report.gallery import Gallery
 from scacam.report.html import Picture, render
 from scacam.runs.results import Run
@@ -15,11 +16,12 @@ __all__ = ["Summary"]
 
 _LISTED, _SHOWN, _CLASSES, _MIN_IMAGES = 24, 8, 15, 5
 _LIKENESS = ("moved", "rank_correlation", "box_iou")
+_NETWORKS, _CLAIMANTS = ("network_a", "network_b"), ("method", "layer_a", "layer_b")
 
 
 @dataclass
 class _Row:
-    """One pair of networks and one method."""
+    """One pair of networks, by one method of two layers."""
 
     images: int = 0
     changed: float = 0
@@ -39,18 +41,31 @@ class Summary:
 
     def __init__(self, first: Run, second: Run) -> None:
         self.runs = first, second
-        methods = [name for name in first.methods if name in second.methods]
-        self.method = "sca_cam" if "sca_cam" in methods else methods[0]
+        self.claimants = {
+            pair: {(one.method, one.layer, other.layer): (one, other) for one, other in claimants}
+            for pair in pair_networks(first, second)
+            if (claimants := pair_claimants(first, second, pair))
+        }
+        self.judges = {
+            pair: next(
+                (both for both in claimants.values() if both[0] == judge(first, pair[0])),
+                next(iter(claimants.values())),
+            )
+            for pair, claimants in self.claimants.items()
+        }
         self.rows: dict[tuple[str, str, str], _Row] = {}
         self.classes: dict[tuple[str, int, str], np.ndarray] = {}
         self.changed, self.moved = Ranking(_LISTED), Ranking(_LISTED)
 
     def add(self, table: pa.Table) -> None:
-        """Add images of one pair of networks and one method, with the columns of `COMPARISON`."""
+        """Add images of one pair of networks and of claimants, with the columns of `COMPARISON`."""
         if not len(table):
             return
-        key = tuple(table[name][0].as_py() for name in ("network_a", "network_b", "method"))
-        row = self.rows.setdefault(key, _Row())
+        networks, claimants = (
+            tuple(table[name][0].as_py() for name in names) for names in (_NETWORKS, _CLAIMANTS)
+        )
+        both = self.claimants[networks][claimants]
+        row = self.rows.setdefault((*networks, both[0].name), _Row())
         changed = table["changed"].cast(pa.float64()).to_numpy()  # NaN: not to be compared
         alike = np.stack([table[name].to_numpy() for name in _LIKENESS]).astype(np.float64)
         row.images += len(table)
@@ -61,7 +76,7 @@ class Summary:
         labelled = np.isfinite(labels) & np.isfinite(changed)
         right = [(table[f"class_id_{run}"].to_numpy() == labels)[labelled] for run in "ab"]
         np.add.at(row.outcomes, (right[0].astype(int), right[1].astype(int)), 1)
-        if key[2] == self.method:
+        if both == self.judges[networks]:
             self._rank(table, changed, alike[0])
 
     def _rank(self, table: pa.Table, changed: np.ndarray, moved: np.ndarray) -> None:
@@ -91,7 +106,8 @@ class Summary:
             "comparison.html",
             {
                 "runs": self.runs,
-                "method": self.method,
+                "method": next(iter(self.judges.values()))[0].method,
+                "judges": {pair: one.name for pair, (one, _) in self.judges.items()},
                 "rows": self.rows,
                 "comparable": any(np.isfinite(row.changed) for row in self.rows.values()),
                 "classes": sorted(classes, key=lambda entry: -entry[4])[:_CLASSES],
@@ -106,8 +122,9 @@ class Summary:
     def _pair(self, galleries: list[Gallery], entry: dict[str, Any]) -> list[Picture]:
         """One image as both runs see it."""
         pictures = []
-        for gallery, run in zip(galleries, "ab", strict=True):
-            row = gallery.top(entry[f"network_{run}"], entry[f"image_id_{run}"], self.method)
+        judges = self.judges[entry["network_a"], entry["network_b"]]
+        for gallery, run, claimant in zip(galleries, "ab", judges, strict=True):
+            row = gallery.top(entry[f"network_{run}"], entry[f"image_id_{run}"], claimant.name)
             lines = [f"{run.upper()}: {gallery.title(row)}", gallery.truth(row)]
             if not entry["changed"]:
                 lines.append(f"moved {entry['moved']:.0%}")

@@ -49,12 +49,17 @@ def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]
         "head": network.head.kind,
         "class_weights": network.head.classifier,
         "feature_shape": list(network.feature_shape),
+        "finer_layer": None if network.finer_layer is None else network.finer_layer.name,
         "num_classes": network.num_classes,
         "output_kind": network.output.kind,
         "last_step": network.output.last_step,
         "preprocessing": asdict(network.preprocessing),
         "categories_sha256": _digest_of_names(network.categories),
         "methods": [name for name in methods if network.supports(name)],
+        "layers": {
+            layer: {"methods": list(names), "map_shape": list(network.map_shape(layer))}
+            for layer, names in network.methods_by_layer(methods).items()
+        },
     }
 
 

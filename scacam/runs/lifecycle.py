@@ -11,11 +11,12 @@ from pyarrow import fs
 from scacam.errors import RunError
 from scacam.inputs.manifest import Manifest, new_files
 from scacam.inputs.sheets import SHEETS
-from scacam.runs.proof import Proof, explained_ids, shards_of
+from scacam.runs.proof import Proof, explained_ids
 from scacam.runs.record import differences, read_record, write_record
+from scacam.runs.shards import shards_of
 from scacam.storage import join, locate
 from scacam.storage.parquet import read_columns, write_table
-from scacam.tables import ERRORS, MANIFEST
+from scacam.tables import ERRORS, MANIFEST, explanations_folder
 
 __all__ = [
     "ID",
@@ -141,7 +142,8 @@ def _forget_errors(output: str, record: dict[str, Any]) -> dict[str, Any]:
     """Can be cut off anywhere and done again, as long as the record says `retrying`."""
     _forget_checkpoint(output)
     filesystem, _ = locate(output)
-    done = explained_ids(output, record["networks"][0]["name"])
+    first = record["networks"][0]
+    done = explained_ids(output, explanations_folder(first["name"], next(iter(first["layers"]))))
     write_table(join(checkpoint_path(output), "explained.parquet"), pa.table({ID: done}))
     for shard in shards_of(output, "errors"):
         filesystem.delete_file(shard.path)

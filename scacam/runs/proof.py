@@ -1,20 +1,22 @@
 """The proof that a run is whole, from its files alone, and the index that comes out of it."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet
 from pyarrow import fs
 
 from scacam.errors import RunError
-from scacam.storage import join, locate, read_ahead
+from scacam.runs.shards import shards_of
+from scacam.storage import locate, read_ahead
 from scacam.storage.parquet import read_columns
-from scacam.tables import INDEX
+from scacam.tables import INDEX, explanations_folder
 
-__all__ = ["Proof", "explained_ids", "prove", "shards_of"]
+__all__ = ["Proof", "explained_ids", "prove"]
 
 
 class Proof(NamedTuple):
@@ -31,10 +33,17 @@ class Proof(NamedTuple):
     index: pa.Table
 
 
-def prove(output: str, networks: Sequence[str], images: int) -> Proof:
-    """Check that every image is once in the explanations of every network, or once in the errors.
+def prove(output: str, networks: Iterable[Mapping[str, Any]], images: int) -> Proof:
+    """Check that every image is explained by every layer of every network, or once in the errors.
 
-    Reads the ids of one shard at a time; takes a few bytes of memory per image of the manifest.
+    Explained is an image that one shard of the layer has, with one row for each of its classes and
+    each method of the layer. Reads the ids of one shard at a time; takes a few bytes of memory per
+    image of the manifest.
+
+    Args:
+        output: the run's folder or prefix.
+        networks: as `run.json` describes them.
+        images: how many the manifest has.
 
     Raises:
         RunError: says what is missing or there twice.
@@ -48,38 +57,53 @@ def prove(output: str, networks: Sequence[str], images: int) -> Proof:
         ids = table["image_id"].to_numpy()
         np.add.at(failed, ids, 1)
         errors.update(table["error"].to_pylist())
-        index.append({**shard, "network": None, **_statistics(ids)})
-    for network in networks:
+        index.append({**shard, "network": None, "layer": None, **_statistics(ids)})
+    layers = [
+        (network["name"], layer, described["methods"])
+        for network in networks
+        for layer, described in network["layers"].items()
+    ]
+    for network, layer, methods in layers:
         seen = failed.copy()
-        folder = f"explanations/network={network}"
+        folder = explanations_folder(network, layer)
         for shard, table in _read(output, folder, ["image_id", "class_id", "method"]):
-            if table.group_by(table.column_names).aggregate([]).num_rows != len(table):
-                raise RunError(f"{shard['path']} has an (image, class, method) twice")
+            _refuse_other_rows(table, methods, str(shard["path"]))
             ids = np.unique(table["image_id"].to_numpy())
             seen[ids] += 1
-            index.append({**shard, "network": network, **_statistics(ids)})
+            index.append({**shard, "network": network, "layer": layer, **_statistics(ids)})
         for wrong, what in ((seen < 1, "neither explained nor in the errors"), (seen > 1, "twice")):
             if wrong.any():
                 raise RunError(
-                    f"{output} is not whole: of {network}, {int(wrong.sum())} images are there "
-                    f"{what}, the first is image {int(wrong.argmax())}"
+                    f"{output} is not whole: of layer {layer} of {network}, {int(wrong.sum())} "
+                    f"images are there {what}, the first is image {int(wrong.argmax())}"
                 )
     explained = images - int(np.count_nonzero(failed))
     return Proof(explained, errors, pa.Table.from_pylist(index, INDEX))
 
 
-def explained_ids(output: str, network: str) -> np.ndarray:
-    """The ids of the images that a network has explained, sorted."""
-    folder = f"explanations/network={network}"
+def _refuse_other_rows(table: pa.Table, methods: Sequence[str], path: str) -> None:
+    """Refuse a shard that has not one row for each method of each class of its images."""
+    others = set(pc.unique(table["method"]).to_pylist()) - set(methods)
+    if others:
+        raise RunError(f"{path} has rows of {min(others)}, which this layer has not")
+    classes = table.group_by(["image_id", "class_id"]).aggregate(
+        [("method", "count"), ("method", "count_distinct")]
+    )
+    if not pc.all(pc.equal(classes["method_count"], classes["method_count_distinct"])).as_py():
+        raise RunError(f"{path} has an (image, class, method) twice")
+    lacking = pc.less(classes["method_count"], len(methods))
+    if pc.any(lacking).as_py():
+        first = classes.filter(lacking).slice(0, 1).to_pylist()[0]
+        raise RunError(
+            f"{path} has {first['method_count']} of {len(methods)} methods of class "
+            f"{first['class_id']} of image {first['image_id']}"
+        )
+
+
+def explained_ids(output: str, folder: str) -> np.ndarray:
+    """The ids of the images that the explanations in a folder of the output are of, sorted."""
     shards = [np.unique(t["image_id"].to_numpy()) for _, t in _read(output, folder, ["image_id"])]
     return np.sort(np.concatenate([np.empty(0, dtype=np.int64), *shards]))
-
-
-def shards_of(output: str, folder: str) -> list[fs.FileInfo]:
-    """The Parquet files of a folder of the output, none if it is not there."""
-    filesystem, path = locate(join(output, folder))
-    selector = fs.FileSelector(path, allow_not_found=True)
-    return [info for info in filesystem.get_file_info(selector) if info.extension == "parquet"]
 
 
 def _read(

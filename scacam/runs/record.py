@@ -8,7 +8,7 @@ from scacam.errors import RunError
 from scacam.storage import join, read_bytes, write_bytes
 from scacam.tables import SCHEMA_VERSION
 
-__all__ = ["differences", "read_record", "same_classes", "write_record"]
+__all__ = ["differences", "layers_of", "read_record", "same_classes", "write_record"]
 
 _FINGERPRINT = (
     "schema_version",
@@ -65,6 +65,18 @@ def differences(existing: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     after = dict(_flat({key: wanted.get(key) for key in _FINGERPRINT}))
     pairs = {key: [before.get(key), after.get(key)] for key in {**before, **after}} | versions
     return [f"{key}: {old} → {new}" for key, (old, new) in pairs.items() if old != new]
+
+
+def layers_of(network: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """What `run.json` says of a network's layers: by name, their `methods` and their `map_shape`.
+
+    A run of schema version 1 has its target layer alone.
+    """
+    if "layers" in network:
+        layers: dict[str, dict[str, Any]] = network["layers"]
+        return layers
+    only = {"methods": network["methods"], "map_shape": network["feature_shape"][1:]}
+    return {network["target_layer"]: only}
 
 
 def same_classes(first: dict[str, Any], second: dict[str, Any]) -> bool:

@@ -20,15 +20,31 @@ from scacam.errors import ImageError, RunError
 from scacam.images import decode
 from scacam.inputs.containers import read_image
 from scacam.localization import interpolation
-from scacam.runs.record import read_record
-from scacam.storage import absolute, join, locate
-from scacam.storage.parquet import read_columns
-from scacam.tables import ERRORS, unpack_heatmaps
+from scacam.runs.record import layers_of, read_record
+from scacam.runs.shards import Shards, shards_of
+from scacam.storage import absolute, join, locate, uri_of
+from scacam.tables import ERRORS, claimant_names, unpack_heatmaps
 
-__all__ = ["Row", "Run", "open_run"]
+__all__ = ["Claimant", "Row", "Run", "open_run"]
 
 Row = Mapping[str, Any]
 """One explanation: of `to_pylist()`, of a pandas frame, or any other mapping of its columns."""
+
+
+class Claimant(NamedTuple):
+    """What says where the network looked: a method of one layer.
+
+    Attributes:
+        method: as in `scacam.methods.METHODS`.
+        layer: the layer under whose name its maps stand.
+        name: what it is called: the method, with its layer where the network has several of it.
+        map_shape: height and width of its maps.
+    """
+
+    method: str
+    layer: str
+    name: str
+    map_shape: tuple[int, int]
 
 
 def open_run(path: str) -> "Run":
@@ -58,12 +74,29 @@ class Run:
         self.path = absolute(path)
         self.config = config
         self._datasets: dict[str, ds.Dataset] = {}
-        self._shards: dict[str, _Shards] = {}
 
-    @property
+    @cached_property
     def networks(self) -> dict[str, dict[str, Any]]:
-        """What `run.json` says of each network, by name."""
-        return {network["name"]: network for network in self.config["networks"]}
+        """What `run.json` says of each network, by name, with its `layers` in any run."""
+        return {
+            network["name"]: {**network, "layers": layers_of(network)}
+            for network in self.config["networks"]
+        }
+
+    def claimants(self, network: str) -> list[Claimant]:
+        """What has maps of a network, layer by layer, in the order of `run.json`."""
+        self._check_known("network", network, self.networks)
+        layers = self.networks[network]["layers"]
+        names = claimant_names(
+            (layer, method)
+            for layer, described in layers.items()
+            for method in described["methods"]
+        )
+        return [
+            Claimant(method, layer, names[layer, method], tuple(described["map_shape"]))
+            for layer, described in layers.items()
+            for method in described["methods"]
+        ]
 
     @property
     def methods(self) -> dict[str, dict[str, Any]]:
@@ -93,50 +126,67 @@ class Run:
         columns: Sequence[str] | None = None,
         where: pc.Expression | None = None,
         image_ids: Sequence[int] | np.ndarray | None = None,
+        *,
+        layer: str | None = None,
     ) -> ds.Scanner:
-        """Explanations, one row per image, network, class and method. Nothing is read yet.
+        """Explanations, one row per image, network, layer, class and method. Nothing is read yet.
 
         A class without a name is called "class 7", and a label below 0 is none, whatever is stored.
 
         Args:
             network: only this one's. Left out, those of all, without their heatmaps.
-            method: only this one's.
+            method: only this one's, of all layers that have it.
             columns: only these; left out, all there are.
             where: a further condition, such as `pyarrow.compute.field("rank") == 1`.
             image_ids: only these images'. In a complete run, other shards are not opened.
+            layer: only this one's.
 
         Returns:
             A scanner: `to_batches()` streams it, `to_table().to_pandas()` makes it a frame.
+            Heatmaps are tensors of their shape if all are of one shape, else flat lists of
+            `map_height · map_width` cells.
 
         Raises:
-            RunError: there is no such network, method or column, there are no explanations, or
-                heatmaps are asked for without a network: networks differ in their size.
+            RunError: there is no such network, method, layer or column, there are no explanations,
+                or heatmaps are asked for without a network: networks differ in their size.
         """
-        folder = "explanations"
         condition = pc.scalar(True) if where is None else where
+        known = self.networks
         if network is not None:
-            self._check_known("network", network, self.networks)
-            folder = f"explanations/network={network}"
+            self._check_known("network", network, known)
+            known = {network: known[network]}
         if method is not None:
             self._check_known("method", method, self.methods)
             condition = condition & (pc.field("method") == method)
-        if not self._has(folder):
-            raise RunError(f"{self.path} has no explanations: there is no folder {folder}")
-        explanations = self._dataset(folder)
+        if layer is not None:
+            of_known = [name for described in known.values() for name in described["layers"]]
+            self._check_known("layer", layer, of_known)
+        layers = {
+            (name, each): maps["methods"]
+            for name, described in known.items()
+            for each, maps in described["layers"].items()
+            if layer in (None, each)
+        }
+        having = [each for each, methods in layers.items() if method is None or method in methods]
+        if network is None and "heatmap" in (columns or ()):
+            raise RunError("networks differ in the size of heatmaps: read one at a time")
+        ids = None if image_ids is None else np.unique(np.asarray(image_ids, dtype=np.int64))
+        if ids is not None:
+            condition = condition & _among(ids)
+        explanations = self._shards.dataset(
+            having or list(layers), ids, heatmaps=network is not None
+        )
         names = explanations.schema.names
-        if network is None:
-            if "heatmap" in (columns or ()):
-                raise RunError("networks differ in the size of heatmaps: read one at a time")
-            names.remove("heatmap")
         for name in columns or ():
             self._check_known("column", name, names)
-        if image_ids is not None:
-            ids = np.unique(np.asarray(image_ids, dtype=np.int64))
-            explanations = self._shards_with(folder, ids)
-            condition = condition & _among(ids)
         return explanations.scanner(
             _columns(names if columns is None else columns), filter=condition
         )
+
+    def shards(self, network: str, layer: str) -> list[str]:
+        """Where the explanations of a layer are, file by file, for readers other than pyarrow."""
+        infos = shards_of(self.path, self._shards.folder(network, layer))
+        return [uri_of(self.path, info.path) for info in infos]
 
     def heatmap(self, row: Row, on_image: bool = False) -> np.ndarray:
         """The heatmap of a row, raw and signed, before any ReLU: float32 `[h, w]`.
@@ -202,9 +252,9 @@ class Run:
                 return self._dataset(path)
         return None
 
-    @property
-    def _explanations(self) -> str:
-        return locate(join(self.path, "explanations"))[1]
+    @cached_property
+    def _shards(self) -> Shards:
+        return Shards(self.path, by_layer=self.config["schema_version"] > 1)
 
     def _has(self, name: str) -> bool:
         filesystem, path = locate(join(self.path, name))
@@ -222,37 +272,6 @@ class Run:
             self._datasets[name] = self._open(name)
         return self._datasets[name]
 
-    def _shards_with(self, folder: str, ids: np.ndarray) -> ds.Dataset:
-        """Those shards of a folder that may hold some of these images, whose ids are sorted."""
-        whole = self._dataset(folder)
-        if folder not in self._shards:
-            self._shards[folder] = self._bounded(whole.files)
-        shards = self._shards[folder]
-        wanted = np.searchsorted(ids, shards.first) < np.searchsorted(ids, shards.last, "right")
-        paths = shards.paths[wanted].tolist()
-        # Not the fragments of the whole dataset: they would keep the metadata of their files.
-        return ds.FileSystemDataset.from_paths(
-            paths,
-            schema=whole.schema,
-            format=whole.format,
-            filesystem=whole.filesystem,
-            partitions=[
-                whole.partitioning.parse(path.removeprefix(self._explanations)) for path in paths
-            ],
-        )
-
-    def _bounded(self, paths: Sequence[str]) -> "_Shards":
-        """Shards with the ids that the index says; what it does not know may hold any image."""
-        filesystem, root = locate(self.path)
-        known = {}
-        if self._has("index.parquet"):
-            columns = ("path", "first_image_id", "last_image_id")
-            index = read_columns(filesystem, join(root, "index.parquet"), columns)
-            rows = zip(*(index[name].to_pylist() for name in columns), strict=True)
-            known = {join(root, path): (first, last) for path, first, last in rows}
-        ends = np.array([known.get(path, (0, np.iinfo(np.int64).max)) for path in paths])
-        return _Shards(np.array(paths, dtype=object), *ends.reshape(-1, 2).T)
-
     def _open(self, name: str) -> ds.Dataset:
         filesystem, path = locate(join(self.path, name))
         try:
@@ -260,8 +279,8 @@ class Run:
                 path,
                 format="parquet",
                 filesystem=filesystem,
-                partitioning=ds.partitioning(pa.schema([("network", pa.string())]), flavor="hive"),
-                partition_base_dir=self._explanations,
+                partitioning="hive",
+                partition_base_dir=locate(self.path)[1],
             )
         except (OSError, pa.ArrowInvalid) as error:
             raise RunError(f"cannot read {join(self.path, name)}: {error}") from error
@@ -272,14 +291,6 @@ class Run:
 
 
 _BOX = ("box_x0", "box_y0", "box_x1", "box_y1")
-
-
-class _Shards(NamedTuple):
-    """The shards of a folder: their paths, and their first and last image ids."""
-
-    paths: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
 
 
 _MENDED = {

@@ -16,6 +16,6 @@ from scacam.storage.files import (
 )
 
 __all__ = [
-    "OUT_OF_REACH", "PATIENCE_S", "absolute", "is_transient", "join", "locate", "patiently", "read_ahead",
-    "read_bytes", "uri_of", "write_bytes", "writing",
+    "OUT_OF_REACH", "PATIENCE_S", "absolute", "is_transient", "join", "locate", "patiently",
+    "read_ahead", "read_bytes", "uri_of", "write_bytes", "writing",
 ]  # fmt: skip

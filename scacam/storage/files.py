@@ -15,8 +15,8 @@ from urllib.parse import unquote
 from pyarrow import fs
 
 __all__ = [
-    "OUT_OF_REACH", "PATIENCE_S", "absolute", "is_transient", "join", "locate", "patiently", "read_ahead",
-    "read_bytes", "uri_of", "write_bytes", "writing",
+    "OUT_OF_REACH", "PATIENCE_S", "absolute", "is_transient", "join", "locate", "patiently",
+    "read_ahead", "read_bytes", "uri_of", "write_bytes", "writing",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
