@@ -282,7 +282,7 @@ def test_runs_are_compared_layer_by_layer(tmp_path: Path) -> None:
         pq.write_table(manifest.set_column(1, "uri", [uris]), f"{path}/manifest.parquet")
         assert photos.exists()
     runs = [scacam.open_run(path) for path in (first.path, second.path)]
-    tables = list(compare_runs(*runs))
+    tables = [found.table for found in compare_runs(*runs)]
     assert sum(map(len, tables)) == 6 * (4 + 2)
     keys = [
         tuple(table[name][0].as_py() for name in ("network_a", "method", "layer_a", "layer_b"))

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from scacam.evaluation.bounds import reached
 from scacam.evaluation.measures import (
     FIXED_THRESHOLDS,
     MEASURES,
@@ -41,7 +42,6 @@ from scacam.evaluation.sweep import (
     quantise,
     score_map,
     search,
-    sweep,
 )
 from scacam.evaluation.tables import IMAGE_SCORES
 from scacam.evaluation.truth import MaskFiles, TrueBoxes
@@ -61,6 +61,7 @@ _COLUMNS = (
 
 _SWEPT = [(metric.name, overlap) for metric, overlap in SWEPT]
 _LARGEST = _SWEPT.index(("max_box_acc", RIGHT_IOU))
+_LIMITS = sorted({overlap for _, overlap in SWEPT})
 _ANY = _SWEPT.index(("max_box_acc_v2", RIGHT_IOU))
 
 
@@ -192,10 +193,11 @@ class CountHits(_Stage):
             }
         maps = _rectified(image.heatmaps, self.relu)
         first, places = self._distinct([heatmap.tobytes() for heatmap in maps])
-        sweeps = [sweep(quantise(score_map(maps[index]))) for index in first]
-        sweeps += [baseline_sweep(name) for name in self.baselines]
-        found = np.stack([_hits(boxes, shown) for boxes in sweeps])
-        return {"hits": found[places]}
+        grays = [quantise(score_map(maps[index])) for index in first]
+        overlaps = [reached(gray, shown.pixels, _LIMITS) for gray in grays]
+        overlaps += [best_ious(baseline_sweep(name), shown.pixels) for name in self.baselines]
+        found = [hits({"iou": largest, "iou_any": best}) for largest, best in overlaps]
+        return {"hits": np.stack(found)[places]}
 
     def summed(
         self,
@@ -371,12 +373,6 @@ def _are_in(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def _rectified(heatmaps: np.ndarray, relu: np.ndarray) -> np.ndarray:
     """Maps `[methods, h, w]` with the ReLU of their methods applied."""
     return np.where(relu[:, None, None], heatmaps.clip(min=0), heatmaps)
-
-
-def _hits(boxes: Sweep, shown: InView) -> np.ndarray:
-    """Where the boxes of a map are right: bool `[4, 255]`."""
-    largest, any_contour = best_ious(boxes, shown.pixels)
-    return hits({"iou": largest, "iou_any": any_contour})
 
 
 def _overlaps(boxes: Sweep, shown: InView, levels: np.ndarray) -> np.ndarray:

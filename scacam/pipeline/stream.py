@@ -9,7 +9,7 @@ import ray.data
 
 from scacam.errors import RunError
 from scacam.methods import METHODS
-from scacam.pipeline.checkpoint import checkpoint
+from scacam.pipeline.checkpoint import checkpoint, images_of
 from scacam.pipeline.cluster import TASK_CPUS, Allotment, cores, root_cause, rows_per_shard
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
@@ -18,7 +18,7 @@ from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import bytes_per_image, sampling_of
 from scacam.pipeline.share import share
 from scacam.pipeline.sink import ShardSink
-from scacam.storage import OUT_OF_REACH, absolute, join, locate
+from scacam.storage import OUT_OF_REACH, absolute
 from scacam.tables import explanations_folder
 
 if TYPE_CHECKING:
@@ -87,8 +87,7 @@ def explain(
         context.retried_io_errors.append(OUT_OF_REACH)
     context.checkpoint_config = checkpoint(output)
 
-    filesystem, manifest_path = locate(join(output, "manifest.parquet"))
-    stream = ray.data.read_parquet(manifest_path, filesystem=filesystem, num_cpus=TASK_CPUS)
+    stream = images_of(output, TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
