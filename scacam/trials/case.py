@@ -10,12 +10,12 @@ from torch import Tensor
 
 from scacam.evaluation.measures import baseline_map
 from scacam.explainer import Explainer
-from scacam.methods import ALL_METHODS
+from scacam.methods import METHODS
 from scacam.networks import Network
 from scacam.trials.metrics import BASELINES
 from scacam.trials.perturbation import Pairs, edge_strength, ranks, same, upsampled
 
-__all__ = ["Case", "Claimant", "between_0_and_1", "normal"]
+__all__ = ["Case", "Tried", "between_0_and_1", "normal"]
 
 _CLAIMS: dict[str, Callable[[Tensor, Sequence[int], tuple[int, int]], Tensor]] = {
     "random_map": lambda images, seeds, cells: torch.stack(
@@ -30,12 +30,12 @@ _CLAIMS: dict[str, Callable[[Tensor, Sequence[int], tuple[int, int]], Tensor]] =
 """What each baseline says of images, given a number for each and the size of a method's maps."""
 
 
-class Claimant(NamedTuple):
+class Tried(NamedTuple):
     """Who says where a network looks: a method, at a layer, or a baseline.
 
     Attributes:
         name: as tables have it.
-        method: of `ALL_METHODS`; None for a baseline, and for maps of unknown origin.
+        method: of `METHODS`; None for a baseline, and for maps of unknown origin.
         layer: the layer whose features it weighs; None for where the method's maps are by default.
     """
 
@@ -46,7 +46,7 @@ class Claimant(NamedTuple):
     @property
     def relu(self) -> bool:
         """Whether its maps get a ReLU first."""
-        return self.method is not None and ALL_METHODS[self.method].relu
+        return self.method is not None and METHODS[self.method].relu
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Case:
 
     network: Network
     explainer: Explainer | None
-    claimants: Sequence[Claimant]
+    claimants: Sequence[Tried]
     images: Tensor
     dtype: torch.dtype
     class_ids: Tensor
