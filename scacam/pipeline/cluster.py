@@ -7,14 +7,18 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import ray.exceptions
 from ray.autoscaler.sdk import request_resources
 
-from scacam.errors import RunError
+from scacam.errors import NetworkError, RunError
+
+if TYPE_CHECKING:
+    from scacam.networks import Network
 
 __all__ = [
     "ENVIRONMENT",
@@ -27,6 +31,7 @@ __all__ = [
     "keep_freed_memory",
     "root_cause",
     "rows_per_shard",
+    "share",
     "start_ray",
 ]
 
@@ -218,6 +223,37 @@ def rows_per_shard(
     )
     bounds = _SHARD_ROWS_MAX, _BLOCK_BYTES // image_bytes, int(_BLOCK_S / seconds)
     return max(1, min(math.ceil(images / (4 * actors)), *bounds))
+
+
+def share(network: "Network") -> "Callable[[], Network]":
+    """What a process calls to get a network.
+
+    Args:
+        network: one that can be pickled, or that `load_network` made: a module that holds a lock or
+            a parametrization is built anew from its name and weights in each process.
+
+    Raises:
+        NetworkError: in that process, if what is built there has other weights.
+    """
+    try:
+        held = ray.put(network)
+        return lambda: ray.get(held)
+    except Exception as error:  # whatever a module holds may raise anything
+        if network.rebuild is None:
+            raise
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        logger.info("%s is built anew in each process (%s)", network.name, reason)
+        return partial(_rebuilt, network.rebuild, network.digest())
+
+
+def _rebuilt(rebuild: "Callable[[], Network]", digest: str) -> "Network":
+    network = rebuild()
+    if network.digest() != digest:
+        raise NetworkError(
+            f"{network.name} cannot be pickled and has other weights each time that it is made; "
+            "give them as a checkpoint"
+        )
+    return network
 
 
 def root_cause(error: BaseException) -> str:
