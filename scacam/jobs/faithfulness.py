@@ -25,8 +25,8 @@ from pyarrow import fs
 from scacam.errors import RunError
 from scacam.evaluation.intervals import Row, dealt, lead, summarise
 from scacam.evaluation.metrics import State
+from scacam.evaluation.words import percent
 from scacam.jobs.estimate import Estimate, timed
-from scacam.jobs.evaluate import percent
 from scacam.jobs.options import refuse_below_one, seconds_per_image
 from scacam.methods import METHODS as CAMS
 from scacam.networks import Network, load_network
