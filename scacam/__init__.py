@@ -19,10 +19,12 @@ if TYPE_CHECKING:
     from scacam.images import Preprocessing
     from scacam.networks import Network, load_network
     from scacam.runs.results import Run, open_run
+    from scacam.trials.faithfulness import Faithfulness, faithfulness
 
 __all__ = [
     "Explainer",
     "Explanation",
+    "Faithfulness",
     "ImageError",
     "Network",
     "NetworkError",
@@ -31,6 +33,7 @@ __all__ = [
     "RunError",
     "ScacamError",
     "__version__",
+    "faithfulness",
     "load_network",
     "methods",
     "open_run",
@@ -39,9 +42,11 @@ __all__ = [
 _HOMES = {
     "Explainer": "scacam.explainer",
     "Explanation": "scacam.explainer",
+    "Faithfulness": "scacam.trials.faithfulness",
     "Network": "scacam.networks",
     "Preprocessing": "scacam.images",
     "Run": "scacam.runs.results",
+    "faithfulness": "scacam.trials.faithfulness",
     "load_network": "scacam.networks",
     "open_run": "scacam.runs.results",
 }

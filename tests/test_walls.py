@@ -26,6 +26,7 @@ FLOORS = (
     ("explainer",),
     ("runs",),
     ("audit",),
+    ("trials",),
     ("browse", "pipeline", "report"),
     ("jobs",),
     ("__main__",),
@@ -34,7 +35,7 @@ FLOORS = (
 
 WITHOUT_TORCH = (
     *("storage", "inputs", "images", "tables", "drawing", "localization", "runs.results"),
-    *("evaluation", "audit", "report", "browse"),
+    *("evaluation", "audit", "report", "browse", "trials.metrics", "trials.likeness"),
 )
 
 

@@ -67,8 +67,10 @@ def tensors(column: pa.ChunkedArray) -> np.ndarray:
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
-def list_column(structs: list[pa.StructArray], lengths: np.ndarray) -> pa.ListArray:
+def list_column(
+    structs: list[pa.StructArray], lengths: np.ndarray, schema: pa.Schema = EXPLANATION
+) -> pa.ListArray:
     """Explanations in row order as one list per row, given how many each row has."""
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
-    values = pa.concat_arrays(structs) if structs else pa.array([], pa.struct(EXPLANATION))
+    values = pa.concat_arrays(structs) if structs else pa.array([], pa.struct(schema))
     return pa.ListArray.from_arrays(offsets, values)

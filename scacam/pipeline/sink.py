@@ -28,7 +28,12 @@ class ShardSink(BlockBasedFileDatasink):
 
     Every file is named after its task: a task that runs again overwrites its own files, and Ray
     Data's checkpoint finds the files of a task that was cut off.
+
+    Attributes:
+        errors: the folder of the errors.
     """
+
+    errors = "errors"
 
     def __init__(
         self,
@@ -51,6 +56,7 @@ class ShardSink(BlockBasedFileDatasink):
         super().__init__(path, filesystem=filesystem, file_format="parquet", try_create_dir=False)
         self.output = output
         self.map_shapes = map_shapes
+        self.folders = list(map_shapes)
         self.tally = tally
         self.max_error_rate = max_error_rate
         self.explained_before = explained_before
@@ -73,12 +79,15 @@ class ShardSink(BlockBasedFileDatasink):
             failed = images.filter(pc.is_valid(images["error"]))
             explained = images.filter(pc.is_null(images["error"]))
             errors = failed.select(ERRORS.names).cast(ERRORS)
-            patiently(partial(self._write_shard, "errors", name, errors))
-            for folder, shape in self.map_shapes.items():
-                lists = explained[folder].combine_chunks()
-                rows = explanations(explained, lists, shape) if len(explained) else explained
+            patiently(partial(self._write_shard, self.errors, name, errors))
+            for folder in self.folders:
+                rows = self.unfolded(explained, folder) if len(explained) else explained
                 patiently(partial(self._write_shard, folder, name, rows))
         self._judge(len(images), errors)
+
+    def unfolded(self, images: pa.Table, folder: str) -> pa.Table:
+        """The rows of some images that belong into a folder, from the column of that name."""
+        return explanations(images, images[folder].combine_chunks(), self.map_shapes[folder])
 
     def _judge(self, images: int, errors: pa.Table) -> None:
         """Give up on a run in which too much fails, before it has gone through all images."""

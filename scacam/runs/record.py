@@ -21,6 +21,8 @@ _FINGERPRINT = (
     "view",
     "bfloat16",
     "box_threshold",
+    "metrics",
+    "steps",
 )
 
 _OLD_NETWORK = {"output_kind": "softmax"}
