@@ -151,7 +151,7 @@ class Network:
         return self.output.logits(self.module, images)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """`[B, classes]` from logits, as `output.kind` says."""
+        """From logits `[…, classes]`, as `output.kind` says."""
         return self.output.probabilities(logits)
 
     def normalize(self, pixels: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 """The stream of the explain job: images through all stages, from the manifest to the shards."""
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -97,6 +98,7 @@ def explain(
     decode, pools, localize = stages(options, networks, tally)
     image_bytes = bytes_per_image(decode.samplings)
     rows = rows_per_shard(record["images"], image_bytes, costs, allotments)
+    blocks = math.ceil(record["images"] / rows)
 
     context = prepare(checkpoint(output))
     stream = images_of(output, TASK_CPUS)
@@ -106,7 +108,7 @@ def explain(
         stream = stream.map_batches(
             Explain,
             fn_constructor_kwargs=arguments | {"load": share(network)},
-            compute=ray.data.ActorPoolStrategy(size=allotment.actors),
+            compute=ray.data.ActorPoolStrategy(size=min(allotment.actors, blocks)),
             batch_size=rows,
             batch_format="pyarrow",
             num_cpus=allotment.num_cpus,
