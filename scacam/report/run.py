@@ -34,6 +34,7 @@ __all__ = ["report"]
 
 _SPREAD, _MATRIX, _LOPSIDED = 3, 48, 20
 _RANKED, _PAIRS, _ENDS, _OF_CLASS, _PER_CLASS = 10, 4, 5, 12, 4
+_LOCALIZER = "extent_cam"
 _CLASSES_SHOWN, _CLASSES_LISTED, _ERRORS_LISTED, _THUMBNAIL = 5, 100, 20, 120
 
 
@@ -227,7 +228,7 @@ class _Content:
         panels = []
         photo = None
         for network in self.networks:
-            found = self.gallery.tops(network.network, image_id, network.methods)
+            found = self.gallery.tops(network.network, image_id, _in_order(network))
             if found:
                 photo = photo or self.gallery.photo(found[0])
                 panels.append(
@@ -243,7 +244,7 @@ class _Content:
     def _top_classes(self, network: NetworkAudit, image_id: int) -> dict[str, list[Picture]]:
         """The top classes of one image, each claimant on one scale: the judge, and extent_cam."""
         found = {}
-        for claimant in dict.fromkeys((network.judge.name, "extent_cam")):
+        for claimant in dict.fromkeys((network.judge.name, _LOCALIZER)):
             rows = self.gallery.rows(network.network, image_id, claimant)
             top = self._common_maximum(rows)
             pictures = [self.gallery.overlay(row, [self.gallery.title(row)], top) for row in rows]
@@ -313,6 +314,13 @@ class _Content:
                 ]
             )
         return {"audit": pair, "pictures": pictures}
+
+
+def _in_order(network: NetworkAudit) -> list[str]:
+    """The methods of a network, the one that localizes beside the one that judges."""
+    judge = network.judge.name
+    order = {name: index for index, name in enumerate(network.methods)}
+    return sorted(order, key=lambda name: order[judge] + 0.5 if name == _LOCALIZER else order[name])
 
 
 _WORRIES = {
