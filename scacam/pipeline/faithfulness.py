@@ -158,10 +158,11 @@ class Try(Holder):
         return set_failures(batch, failures) if failures else batch, found
 
     def _maps(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """The stored maps of some images, whose ids rise, by claimant: `[N, top_k, h, w]`.
+        """The stored maps of some images by claimant: `[N, top_k, h, w]`.
 
         And the top class of each, and its width and height as they were.
         """
+        order = np.argsort(ids)
         classes = np.zeros(len(ids), dtype=np.int64)
         sizes = np.zeros((len(ids), 2), dtype=np.int32)
         maps = {
@@ -175,7 +176,7 @@ class Try(Holder):
             table = self.run.explanations(
                 self.network.name, None, columns, where, ids, layer=layer
             ).to_table()
-            places = np.searchsorted(ids, table["image_id"].to_numpy())
+            places = order[np.searchsorted(ids[order], table["image_id"].to_numpy())]
             ranks = table["rank"].to_numpy() - 1
             heatmaps = tensors(table["heatmap"])
             methods = np.array(table["method"].to_pylist(), dtype=object)
