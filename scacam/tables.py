@@ -5,7 +5,8 @@ Other rooms have the schemas of what they write themselves.
 Plain Arrow types only, so that any Parquet reader opens a shard without scacam.
 """
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +19,7 @@ __all__ = [
     "INDEX",
     "MANIFEST",
     "SCHEMA_VERSION",
+    "claimant_names",
     "explanations",
     "explanations_folder",
     "pack_heatmaps",
@@ -119,6 +121,21 @@ def pack_heatmaps(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def unpack_heatmaps(heatmaps: np.ndarray, scales: np.ndarray) -> np.ndarray:
     """The raw float32 maps `[..., h, w]` that were packed."""
     return heatmaps.astype(np.float32) * scales[..., None, None].astype(np.float32)
+
+
+def claimant_names(
+    claimants: Iterable[tuple[str | None, str]],
+) -> dict[tuple[str | None, str], str]:
+    """What those are called that have maps of one network, each a layer and a method.
+
+    By the method alone, but with the layer where the network has several layers of it.
+    """
+    claimants = list(dict.fromkeys(claimants))
+    layers = Counter(method for _, method in claimants)
+    return {
+        (layer, method): method if layers[method] == 1 else f"{method} ({layer})"
+        for layer, method in claimants
+    }
 
 
 def explanations_folder(network: str, layer: str) -> str:

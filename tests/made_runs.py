@@ -207,19 +207,23 @@ def evaluate(out: Path) -> None:
     for network in networks:
         for method, value in (("grad_cam", 0.5), ("sca_cam", 0.6), ("whole_image", 0.3)):
             row = {"network": network, "method": method, "metric": "max_box_acc_v2", "value": value}
+            row["layer"] = None if method == "whole_image" else "features"
             rows.append({**row, "ci_low": value - 0.1, "ci_high": value + 0.1, "images": 12})
             for threshold in np.linspace(0, 1, 9):
                 accuracy = value * (1 - threshold)
                 at = {"iou": 0.5, "threshold": threshold, "accuracy": accuracy}
                 curves.append(
-                    {"network": network, "method": method, "metric": "max_box_acc_v2", **at}
+                    {**{name: row[name] for name in ("network", "layer", "method", "metric")}, **at}
                 )
         pair = {"network": network, "metric": "max_box_acc_v2", "images": 12}
         for method, other, by in (("grad_cam", "sca_cam", -0.1), ("sca_cam", "whole_image", 0.3)):
             interval = {"difference": by, "ci_low": by - 0.2, "ci_high": by + 0.2}
+            interval["layer"] = "features"
+            interval["other_layer"] = None if other == "whole_image" else "features"
             pairs.append({**pair, "method": method, "other": other, **interval})
         scores = [
-            {"image_id": i, "uri": f"{i}", "class_id": i % 2, "method": "sca_cam", "top1": True,
+            {"image_id": i, "uri": f"{i}", "class_id": i % 2, "method": "sca_cam",
+             "layer": "features", "top1": True,
              "iou_any": i / 12, "energy": 0.5}
             for i in range(12)
         ]  # fmt: skip

@@ -6,6 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from scacam.evaluation import bounds
+from scacam.evaluation.bounds import reached
 from scacam.evaluation.intervals import GROUPS, best_levels, curves, dealt, draws, summarise
 from scacam.evaluation.measures import (
     BASELINES,
@@ -23,6 +25,7 @@ from scacam.evaluation.measures import (
 from scacam.evaluation.metrics import METRICS, State, hits, names_of, swept, titles, values
 from scacam.evaluation.sweep import (
     GRID,
+    IOU_THRESHOLDS,
     LEVELS,
     THRESHOLDS,
     best_ious,
@@ -30,7 +33,6 @@ from scacam.evaluation.sweep import (
     quantise,
     score_map,
     search,
-    sweep,
 )
 
 WHOLE = np.array([0, 0, GRID, GRID], dtype=np.float32)
@@ -52,18 +54,18 @@ def searched(gray: np.ndarray, level: int) -> tuple[list[list[int]], int]:
 
 
 def at(gray: np.ndarray, level: int) -> tuple[list[list[int]], int]:
-    """What the sweep says of one level."""
-    boxes, starts, largest = sweep(gray)
+    """What a search says of one level."""
+    boxes, starts, largest = search(gray)
     stop = starts[level + 1] if level + 1 < LEVELS else len(boxes)
     return boxes[starts[level] : stop].tolist(), int(largest[level] - starts[level])
 
 
-def assert_swept(gray: np.ndarray) -> None:
-    boxes, starts, largest = sweep(gray)
-    expected = [searched(gray, level) for level in range(LEVELS)]
-    assert starts.tolist() == np.cumsum([0, *(len(e[0]) for e in expected[:-1])]).tolist()
-    assert boxes.tolist() == [box for e in expected for box in e[0]]
-    assert (largest - starts).tolist() == [e[1] for e in expected]
+def assert_reached(gray: np.ndarray, truth: np.ndarray, limits=IOU_THRESHOLDS) -> None:
+    """The same limits are reached at each level as by the reference's boxes."""
+    every = best_ious(search(gray), truth)
+    for some, all_of_them in zip(reached(gray, truth, limits), every, strict=True):
+        for limit in limits:
+            assert ((some >= limit) == (all_of_them >= limit)).all()
 
 
 UNIMODAL = np.array(
@@ -172,17 +174,69 @@ def heatmap(rng: np.random.Generator) -> np.ndarray:
     return cells.clip(min=0) if rng.random() < 0.5 else cells
 
 
-@settings(max_examples=120, deadline=None)
+@st.composite
+def truths(draw, gray: np.ndarray) -> np.ndarray:
+    """One to three boxes on a map."""
+    corners = [
+        [sorted(draw(st.tuples(st.integers(0, side - 1), st.integers(0, side - 1))))]
+        for _ in range(draw(st.integers(1, 3)))
+        for side in gray.shape[::-1]
+    ]
+    return np.reshape(corners, (-1, 2, 2)).swapaxes(1, 2).reshape(-1, 4)
+
+
+@settings(max_examples=60, deadline=None)
 @given(grays())
-def test_the_sweep_is_a_search_at_every_level(gray):
-    assert_swept(gray)
+def test_a_search_is_that_of_the_reference(gray):
+    expected = [searched(gray, level) for level in range(LEVELS)]
+    boxes, starts, largest = search(gray)
+    assert starts.tolist() == np.cumsum([0, *(len(e[0]) for e in expected[:-1])]).tolist()
+    assert boxes.tolist() == [box for e in expected for box in e[0]]
+    assert (largest - starts).tolist() == [e[1] for e in expected]
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_what_is_reached_is_what_a_search_at_every_level_finds(data):
+    gray = data.draw(grays())
+    assert_reached(gray, data.draw(truths(gray)))
 
 
 @pytest.mark.long
-def test_the_sweep_is_a_search_at_every_level_on_many_heatmaps():
+def test_what_is_reached_by_many_heatmaps():
     rng = np.random.default_rng(7)
-    for _ in range(1000):
-        assert_swept(quantise(score_map(heatmap(rng))))
+    for _ in range(300):
+        corners = rng.integers(0, GRID, (rng.integers(1, 4), 2, 2))
+        truth = np.sort(corners, axis=1).reshape(-1, 4)
+        assert_reached(quantise(score_map(heatmap(rng))), truth)
+
+
+def test_few_levels_of_a_map_are_searched(monkeypatch):
+    """Of smooth maps hardly any: that is what all the rest is for."""
+    searches = []
+
+    def counted(gray, levels):
+        searches.append(len(levels))
+        return search(gray, levels)
+
+    monkeypatch.setattr(bounds, "search", counted)
+    rng = np.random.default_rng(3)
+    for _ in range(40):
+        gray = quantise(score_map(heatmap(rng)))
+        assert_reached(gray, np.array([[40, 60, 150, 170]]))
+    assert sum(searches) < 40 * LEVELS / 10
+
+
+def test_islands_and_holes_count_where_they_are_the_object():
+    """The largest contour is not the peak's, or the object is an island, or a hole."""
+    gray = np.zeros((30, 30), dtype=np.uint8)
+    gray[2:6, 2:6] = 255
+    gray[10:28, 8:28] = 128
+    gray[15:20, 12:20] = 50
+    for box in ([2, 2, 6, 6], [8, 10, 28, 28], [11, 14, 21, 21]):
+        truth = np.array([box])
+        assert_reached(gray, truth)
+        assert reached(gray, truth, IOU_THRESHOLDS)[1].max() == 1
 
 
 def test_iou_by_hand():
@@ -204,7 +258,7 @@ def test_the_best_of_several_objects_counts():
     gray = np.zeros((8, 10), dtype=np.uint8)
     gray[0:2, 0:2] = 255
     gray[4:8, 5:9] = 128
-    largest, any_contour = best_ious(sweep(gray), np.array([[0, 0, 2, 2], [5, 4, 9, 5]]))
+    largest, any_contour = best_ious(search(gray), np.array([[0, 0, 2, 2], [5, 4, 9, 5]]))
     assert any_contour.tolist() == [1.0] * 255
     # The larger contour shares 2 of 4 rows with the second object.
     assert largest.tolist() == [0.5] * 128 + [1.0] * 127
@@ -359,7 +413,7 @@ def test_accuracies_are_those_of_a_plain_loop():
         truths.append(np.concatenate([corners, corners + rng.integers(20, 64, corners.shape)], 1))
     overlaps = np.stack(
         [
-            best_ious(sweep(quantise(score_map(cells))), in_view(boxes, WHOLE).pixels)
+            best_ious(search(quantise(score_map(cells))), in_view(boxes, WHOLE).pixels)
             for cells, boxes in zip(maps, truths, strict=True)
         ]
     )
@@ -393,10 +447,10 @@ def test_the_best_thresholds_are_reported():
     assert alone == {"top1_max_box_acc", "top1_max_box_acc_v2"}
 
 
-def test_levels_of_one_image_are_those_of_the_sweep():
+def test_some_levels_are_those_of_all():
     gray = quantise(score_map(heatmap(np.random.default_rng(5))))
     truth = in_view(np.array([[30, 40, 120, 150], [100, 20, 200, 90]]), WHOLE)
-    every = np.stack(best_ious(sweep(gray), truth.pixels))
+    every = np.stack(best_ious(search(gray), truth.pixels))
     levels = [0, 30, 90, 254]
     some = np.stack(best_ious(search(gray, levels), truth.pixels))
     assert (some == every[:, levels]).all()

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 160
+_SHARDS_PER_NODE = 3
 LAYERS = ("explanations/network=a/layer=1", "explanations/network=a/layer=2")
 
 
@@ -380,6 +381,29 @@ def test_a_node_is_killed(photos, quiet, tmp_path):
         cluster.add_node(num_cpus=2)
         ended(process)
         assert_same_rows(rows(str(output)), quiet)
+    finally:
+        cluster.shutdown()
+
+
+def test_worker_nodes_vanish_all_the_time(photos, quiet, tmp_path):
+    """As spot machines do: the older of two is killed after every few shards, and another comes."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
+    killed, output = 0, str(tmp_path / "out")
+    try:
+        workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
+        process = start(str(photos), output, environment={"RAY_ADDRESS": cluster.address})
+        while process.poll() is None:
+            if shards_in(output) > _SHARDS_PER_NODE * killed:
+                cluster.remove_node(workers.pop(0), allow_graceful=False)
+                workers.append(cluster.add_node(num_cpus=2))
+                killed += 1
+            time.sleep(0.05)
+        ended(process)
+        assert killed >= 3
+        assert_same_rows(rows(output), quiet)
+        assert not os.path.exists(f"{output}/errors")
     finally:
         cluster.shutdown()
 

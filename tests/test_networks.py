@@ -76,7 +76,6 @@ def test_timm_networks_by_structure() -> None:
     for name, message in {
         "timm.resnet19": "timm has no network 'resnet19'",
         "timm.resnet18.nobody": "nobody",
-        "timm.vit_tiny_patch16_224": "no spatial map leads straight to its classifier",
     }.items():
         with pytest.raises(NetworkError, match=message):
             load_network(name, "random")
@@ -133,7 +132,7 @@ def test_a_named_target_layer() -> None:
     assert network.target_layer == TargetLayer("layer3")
     assert (network.head.kind, network.feature_shape) == ("general", (256, 14, 14))
     maps = Explainer(network, top_k=1)(torch.randn(1, 3, 224, 224)).heatmaps
-    assert set(maps) == set(METHODS) - {"gap_cam"}
+    assert set(maps) == {name for name in METHODS if not METHODS[name].needs_class_weights}
     assert maps["grad_cam"].shape == (1, 1, 14, 14)
     assert maps["extent_cam"].shape == (1, 1, 28, 28)
 
@@ -198,9 +197,24 @@ def test_what_cannot_be_explained_is_refused(case: str) -> None:
         make()
 
 
-def test_a_transformer_without_a_map_is_refused() -> None:
-    with pytest.raises(NetworkError, match="vit_b_16: no spatial map leads straight"):
-        load_network("vit_b_16", "random")
+class Beside(nn.Module):
+    """Classifies by its features, and by the brightness of the image as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.features = nn.Conv2d(3, 4, 4, stride=4)
+        self.classifier = nn.Linear(5, 3)
+
+    def forward(self, images: Tensor) -> Tensor:
+        pooled = self.features(images).mean((2, 3))
+        return self.classifier(torch.cat([pooled, images.mean((1, 2, 3))[:, None]], 1))
+
+
+def test_a_map_beside_which_the_logits_know_more_of_the_image_is_refused() -> None:
+    with pytest.raises(NetworkError, match="Beside: no spatial map leads straight"):
+        Network(Beside(), preprocessing=IMAGES)
+    named = Network(Beside(), preprocessing=IMAGES, target_layer="features")
+    assert named.head.kind == "general"
 
 
 @pytest.mark.parametrize(
@@ -844,7 +858,6 @@ def test_options_that_cannot_be_met(arguments: tuple[str, ...], message: str) ->
 
 # --- Every network of torchvision
 
-WITHOUT_A_MAP = "vit_"
 SIZES = {"inception_v3": 160, "maxvit_t": 224, "vit": 224}
 """Of the inputs, where 96 × 96 is too small or the network takes one size alone."""
 
@@ -861,16 +874,17 @@ def _build(name: str) -> Network:
 def test_every_network_with_every_method(name: str) -> None:
     """All of `torchvision.models` that classify, at random weights."""
     gc.collect()
-    if name.startswith(WITHOUT_A_MAP):
-        with pytest.raises(NetworkError, match=f"{name}: no spatial map leads straight"):
-            _build(name)
-        return
     network = _build(name)
     before = {key: value.clone() for key, value in network.module.state_dict().items()}
     images = torch.randn(2, 3, *network.preprocessing.crop_size)
     explanation = Explainer(network, top_k=2)(images)
     expected = {method for method in METHODS if network.supports(method)}
-    assert set(explanation.heatmaps) == expected >= set(METHODS) - {"gap_cam", "extent_cam"}
+    weightings = {
+        method
+        for method, needs in METHODS.items()
+        if not needs.needs_class_weights and not needs.needs_finer_layer
+    }
+    assert set(explanation.heatmaps) == expected >= weightings
     for method, maps in explanation.heatmaps.items():
         finer = METHODS[method].needs_finer_layer
         shape = network.finer_shape if finer else network.feature_shape

@@ -214,7 +214,7 @@ def test_images_of_a_missing_shard_are_not_shown(tmp_path: Path) -> None:
         (lambda out: (out / "manifest.parquet").unlink(), "manifest.parquet"),
         (lambda out: (out / "run.json").write_text('{"schema_version": 7}'), "newer scacam"),
         (
-            lambda out: next(out.glob("explanations/*/*.parquet")).write_bytes(b"PAR1PAR1"),
+            lambda out: next(out.glob("explanations/*/*/*.parquet")).write_bytes(b"PAR1PAR1"),
             "network=",
         ),
     ],

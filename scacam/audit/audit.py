@@ -20,12 +20,12 @@ from scacam.audit.attention import (
     fixed_place,
     outside,
 )
-from scacam.audit.likeness import energy, likeness, standard_ranks
-from scacam.audit.maps import Ranking, TopMaps, top_maps
+from scacam.audit.likeness import energy, flattened, likeness, standard_ranks
+from scacam.audit.maps import Ranking, TopMaps, judge, top_maps
 from scacam.evaluation.sweep import iou
 from scacam.evaluation.truth import TrueBoxes
 from scacam.runs.record import same_classes
-from scacam.runs.results import Run
+from scacam.runs.results import Claimant, Run
 
 __all__ = [
     "MIN_IMAGES",
@@ -88,8 +88,8 @@ class NetworkAudit:
     Attributes:
         network: its name.
         images: how many images it explains.
-        method: the method whose maps count, where one has to be chosen.
-        methods: its methods, in the order of the next ones.
+        judge: whose maps count, where one has to be chosen (`scacam.audit.maps.judge`).
+        methods: the names of its methods, in the order of the next ones.
         border, corner: mean share of the heatmap at the border and in the corners, per method.
         correlation, iou: mean rank correlation of maps and IoU of boxes, `[methods, methods]`.
         classes: those with enough images, the most worrying first.
@@ -102,7 +102,7 @@ class NetworkAudit:
 
     network: str
     images: int
-    method: str
+    judge: Claimant
     methods: list[str]
     border: np.ndarray
     corner: np.ndarray
@@ -120,7 +120,7 @@ class PairAudit:
 
     Attributes:
         networks: their names.
-        method: the method whose maps were compared.
+        method: the method whose maps were compared, of both target layers.
         images: how many images both explain.
         same: share of them with the same top class; NaN where a class id does not mean the same to
             both networks.
@@ -161,13 +161,14 @@ def audit(run: Run, objects: TrueBoxes | None = None) -> Audit:
     Raises:
         RunError: the run cannot be read.
     """
-    method = "sca_cam" if "sca_cam" in run.methods else next(iter(run.methods))
-    networks = {
-        name: _NetworkPass(network, method, objects) for name, network in run.networks.items()
-    }
+    networks = {name: _NetworkPass(run, name, objects) for name in run.networks}
+    judges = {name: part.judge for name, part in networks.items()}
     pairs = [
-        _PairPass(pair, method, same_classes(*(run.networks[name] for name in pair)))
+        _PairPass(
+            pair, judges[pair[0]].method, same_classes(*(run.networks[name] for name in pair))
+        )
         for pair in combinations(networks, 2)
+        if judges[pair[0]].method == judges[pair[1]].method
     ]
     for start in range(0, len(run.image_ids), _AT_ONCE):
         ids = run.image_ids[start : start + _AT_ONCE]
@@ -175,7 +176,7 @@ def audit(run: Run, objects: TrueBoxes | None = None) -> Audit:
         for name, maps in found.items():
             networks[name].add(maps)
         for pair in pairs:
-            first, second = (found[name].get(method) for name in pair.networks)
+            first, second = (found[name].get(judges[name].name) for name in pair.networks)
             pair.add(first, second)
     return Audit(
         {name: part.result() for name, part in networks.items()},
@@ -200,15 +201,20 @@ _SUMS = (
 class _NetworkPass:
     """Gathers what `NetworkAudit` says, a part of the images at a time."""
 
-    def __init__(self, network: dict[str, Any], method: str, objects: TrueBoxes | None) -> None:
-        self.network: str = network["name"]
-        self.methods: list[str] = network["methods"]
-        self.method = method if method in self.methods else self.methods[0]
+    def __init__(self, run: Run, network: str, objects: TrueBoxes | None) -> None:
+        self.network = network
+        claimants = run.claimants(network)
+        self.methods = [each.name for each in claimants]
+        self.judge = judge(run, network)
         self.objects = objects
-        shape = tuple(network["feature_shape"][1:])
-        self.edge_cells = np.stack([border_cells(*shape), corner_cells(*shape)])
-        self.sums = np.zeros((network["num_classes"], len(_SUMS)))
-        self.totals = np.zeros((network["num_classes"], *shape))
+        shapes = [each.map_shape for each in claimants]
+        self.edge_cells = {
+            shape: np.stack([border_cells(*shape), corner_cells(*shape)]) for shape in shapes
+        }
+        self.finest = max(shapes, key=np.prod)
+        classes = run.networks[network]["num_classes"]
+        self.sums = np.zeros((classes, len(_SUMS)))
+        self.totals = np.zeros((classes, *self.judge.map_shape))
         self.names: dict[int, str] = {}
         count = len(self.methods)
         self.edges, self.mapped = np.zeros((count, 2)), np.zeros(count)
@@ -217,14 +223,14 @@ class _NetworkPass:
 
     def add(self, found: dict[str, TopMaps]) -> None:
         """Add the maps of some images."""
-        if found and len(found[self.method].rows):
+        if found and len(found[self.judge.name].rows):
             self._add_methods(found)
-            self._add_classes(found[self.method])
+            self._add_classes(found[self.judge.name])
 
     def _add_methods(self, found: dict[str, TopMaps]) -> None:
         ids = reduce(np.intersect1d, [maps.column("image_id") for maps in found.values()])
         all_maps = [found[name].of(ids) for name in self.methods]
-        ranks = np.stack([standard_ranks(_flat(maps.heatmaps)) for maps in all_maps])
+        ranks = np.stack([standard_ranks(flattened(m.heatmaps, self.finest)) for m in all_maps])
         boxes = np.stack([maps.rectangles("box") for maps in all_maps])
         alike = np.stack(
             [np.einsum("anp,bnp->abn", ranks, ranks), iou(boxes[:, None], boxes[None])]
@@ -233,19 +239,19 @@ class _NetworkPass:
         self.compared += np.isfinite(alike).sum(-1)
         for index, maps in enumerate(all_maps):
             shares = energy(maps.heatmaps)
-            self.edges[index] += np.einsum("nhw,ehw->e", shares, self.edge_cells)
+            self.edges[index] += np.einsum("nhw,ehw->e", shares, self.edge_cells[shares.shape[1:]])
             self.mapped[index] += shares.any((1, 2)).sum()
         count = len(self.methods)
         if count > 1:
             others = alike[0][~np.eye(count, dtype=bool)].mean(0)
-            self.disputed.add(1 - others, found[self.method].of(ids).rows)
+            self.disputed.add(1 - others, found[self.judge.name].of(ids).rows)
 
     def _add_classes(self, maps: TopMaps) -> None:
         classes, labels = maps.column("class_id"), maps.column("label").astype(np.float64)
         probability = maps.column("probability").astype(np.float64)
         shares = energy(maps.heatmaps)
         mapped, labelled = shares.any((1, 2)), np.isfinite(labels)
-        border, corner = np.einsum("nhw,ehw->en", shares, self.edge_cells)
+        border, corner = np.einsum("nhw,ehw->en", shares, self.edge_cells[shares.shape[1:]])
         away = np.full(len(classes), np.nan)
         if self.objects is not None:
             away = outside(shares, coverage(self.objects, maps))
@@ -281,7 +287,7 @@ class _NetworkPass:
         return NetworkAudit(
             network=self.network,
             images=int(self.sums[:, 0].sum()),
-            method=self.method,
+            judge=self.judge,
             methods=self.methods,
             border=border,
             corner=corner,
@@ -358,10 +364,6 @@ class _PairPass:
             iou=iou,
             apart=self.apart.entries,
         )
-
-
-def _flat(heatmaps: np.ndarray) -> np.ndarray:
-    return heatmaps.reshape(len(heatmaps), -1)
 
 
 def _share(part: float, whole: float) -> float:

@@ -1,18 +1,19 @@
 """Two runs of the same images: how alike their maps are, one row per image."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scacam.audit.likeness import likeness
+from scacam.audit.likeness import alike, energy, sampled
 from scacam.audit.maps import TopMaps, top_maps
 from scacam.errors import RunError
 from scacam.runs.record import same_classes
-from scacam.runs.results import Run
+from scacam.runs.results import Claimant, Run
 
-__all__ = ["COMPARISON", "compare_runs", "pair_networks"]
+__all__ = ["COMPARISON", "Compared", "compare_runs", "pair_claimants", "pair_networks"]
 
 _AT_ONCE = 4096
 
@@ -24,6 +25,8 @@ COMPARISON = pa.schema(
         ("network_a", pa.string()),
         ("network_b", pa.string()),
         ("method", pa.string()),
+        ("layer_a", pa.string()),
+        ("layer_b", pa.string()),
         ("label", pa.int32()),
         ("class_id_a", pa.int32()),
         ("class_id_b", pa.int32()),
@@ -37,8 +40,21 @@ COMPARISON = pa.schema(
         ("box_iou", pa.float32()),
     ]
 )
-"""One row per image, pair of networks and method: the top classes of two runs, and their maps.
-`changed` is null where a class id does not mean the same to both networks."""
+"""One row per image, pair of networks, method and pair of its layers: the top classes of two runs,
+and their maps. `changed` is null where a class id does not mean the same to both networks."""
+
+
+class Compared(NamedTuple):
+    """Some images, by one pair of networks and of claimants.
+
+    Attributes:
+        table: of the schema `COMPARISON`.
+        shares: the positive maps of both runs where their views overlap, each with sum 1:
+            `[2, images, 16, 16]`.
+    """
+
+    table: pa.Table
+    shares: np.ndarray
 
 
 def pair_networks(first: Run, second: Run) -> list[tuple[str, str]]:
@@ -60,46 +76,65 @@ def pair_networks(first: Run, second: Run) -> list[tuple[str, str]]:
     return pairs
 
 
-def compare_runs(first: Run, second: Run) -> Iterator[pa.Table]:
-    """Compare what two runs say of the same images, matched by uri, a few thousand at a time.
+def pair_claimants(
+    first: Run, second: Run, networks: tuple[str, str]
+) -> list[tuple[Claimant, Claimant]]:
+    """Which maps of one network are compared with which of the other: those of the same method.
 
-    Returns:
-        Tables of the schema `COMPARISON`, each of one pair of networks and one method.
+    Of layers of the same name, else of the two target layers, else of the only layers that have
+    the method, which may be called otherwise.
+    """
+    targets = [
+        run.networks[name]["target_layer"]
+        for run, name in zip((first, second), networks, strict=True)
+    ]
+    pairs = []
+    for one in first.claimants(networks[0]):
+        others = [each for each in second.claimants(networks[1]) if each.method == one.method]
+        found = [each for each in others if each.layer == one.layer]
+        if not found and one.layer == targets[0]:
+            found = [each for each in others if each.layer == targets[1]]
+        if not found and one.name == one.method:
+            found = [each for each in others if each.name == one.name]
+        pairs += [(one, each) for each in found]
+    return pairs
+
+
+def compare_runs(first: Run, second: Run) -> Iterator[Compared]:
+    """Compare what two runs say of the same images, matched by uri, a few thousand at a time.
 
     Raises:
         RunError: no network, method or image is in both runs.
     """
     networks = pair_networks(first, second)
-    methods = [name for name in first.methods if name in second.methods]
-    if not methods:
+    claimants = {pair: pair_claimants(first, second, pair) for pair in networks}
+    if not any(claimants.values()):
         raise RunError(f"no method is in both {first.path} and {second.path}")
     images = _shared_images(first, second)
     if not len(images):
         raise RunError(f"no uri is in both {first.path} and {second.path}")
-    return _comparisons((first, second), networks, methods, images)
+    return _comparisons((first, second), claimants, images)
 
 
 def _comparisons(
     runs: tuple[Run, Run],
-    networks: list[tuple[str, str]],
-    methods: list[str],
+    claimants: dict[tuple[str, str], list[tuple[Claimant, Claimant]]],
     images: np.ndarray,
-) -> Iterator[pa.Table]:
+) -> Iterator[Compared]:
     comparable = {
         pair: same_classes(*(run.networks[name] for run, name in zip(runs, pair, strict=True)))
-        for pair in networks
+        for pair in claimants
     }
     for start in range(0, len(images), _AT_ONCE):
         ids = images[start : start + _AT_ONCE].T
-        for names in networks:
+        for names, pairs in claimants.items():
             found = [top_maps(*wanted) for wanted in zip(runs, names, ids, strict=True)]
-            for method in methods:
-                if all(method in maps for maps in found):
-                    maps = [each[method] for each in found]
-                    both = np.isin(ids[0], maps[0].column("image_id"))
-                    both &= np.isin(ids[1], maps[1].column("image_id"))
-                    maps = [each.of(own[both]) for each, own in zip(maps, ids, strict=True)]
-                    yield _comparison(maps[0], maps[1], names, comparable[names])
+            for one, other in pairs:
+                maps = [found[0][one.name], found[1][other.name]]
+                both = np.isin(ids[0], maps[0].column("image_id"))
+                both &= np.isin(ids[1], maps[1].column("image_id"))
+                maps = [each.of(own[both]) for each, own in zip(maps, ids, strict=True)]
+                yield _comparison(maps[0], maps[1], names, comparable[names])
 
 
 def _shared_images(first: Run, second: Run) -> np.ndarray:
@@ -115,18 +150,21 @@ def _shared_images(first: Run, second: Run) -> np.ndarray:
 
 def _comparison(
     first: TopMaps, second: TopMaps, networks: tuple[str, str], comparable: bool
-) -> pa.Table:
-    alike = likeness(first, second)
+) -> Compared:
+    samples = sampled(first, second)
+    shares = energy(samples)
+    found = alike(samples, shares, (first.rectangles("box"), second.rectangles("box")))
     count = len(first.rows)
     columns = {"uri": first.rows["uri"], "method": first.rows["method"]}
     columns["label"] = first.rows["label"]
     for suffix, maps, network in zip("ab", (first, second), networks, strict=True):
         columns[f"network_{suffix}"] = pa.repeat(network, count)
-        for name in ("image_id", "class_id", "class_name", "probability"):
+        for name in ("layer", "image_id", "class_id", "class_name", "probability"):
             columns[f"{name}_{suffix}"] = maps.rows[name]
     columns["changed"] = pa.nulls(count, pa.bool_())
     if comparable:
         columns["changed"] = pc.not_equal(columns["class_id_a"], columns["class_id_b"])
-    for name, values in alike._asdict().items():
+    for name, values in found._asdict().items():
         columns[name] = pa.array(values.astype(np.float32), from_pandas=True)
-    return pa.table({name: columns[name] for name in COMPARISON.names}).cast(COMPARISON)
+    table = pa.table({name: columns[name] for name in COMPARISON.names}).cast(COMPARISON)
+    return Compared(table, shares)

@@ -6,14 +6,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scacam.runs.results import Run
+from scacam.runs.results import Claimant, Run
 from scacam.tables import stacked
 
-__all__ = ["Ranking", "TopMaps", "top_maps"]
+__all__ = ["Ranking", "TopMaps", "judge", "top_maps"]
 
 
 class TopMaps(NamedTuple):
-    """The heatmaps of the top class of N images, by one network and one method.
+    """The heatmaps of the top class of N images, by one network, layer and method.
 
     Attributes:
         rows: the other columns of these explanations, by rising image id.
@@ -56,21 +56,42 @@ class Ranking:
         del self.entries[self.size :]
 
 
-def top_maps(run: Run, network: str, image_ids: np.ndarray) -> dict[str, TopMaps]:
-    """Read the heatmaps of the top class of some images, by method, of which none may be missing.
+def judge(run: Run, network: str) -> Claimant:
+    """Whose maps count, where one has to be chosen: `sca_cam` of the target layer if there is one.
 
-    Images that are not in the run are left out.
+    It weighs evidence for the class. `extent_cam` localizes better, for it shows the extent of the
+    object even where that is not what the class was found by, so it does not judge.
+    """
+    target = run.networks[network]["target_layer"]
+    claimants = run.claimants(network)
+    return min(
+        claimants,
+        key=lambda each: (
+            each.method == "extent_cam",
+            each.layer != target,
+            each.method != "sca_cam",
+        ),
+    )
+
+
+def top_maps(run: Run, network: str, image_ids: np.ndarray) -> dict[str, TopMaps]:
+    """Read the heatmaps of the top class of some images, by the name of what claims them.
+
+    No method or layer may be missing; images that are not in the run are left out.
     """
     if not len(image_ids):
         return {}
     top = pc.field("rank") == 1
-    table = run.explanations(network, where=top, image_ids=image_ids).to_table()
     found = {}
-    for method in run.networks[network]["methods"]:
-        rows = table.filter(pc.field("method") == method).sort_by("image_id")
-        packed = rows["heatmap"].combine_chunks()
-        values = packed.storage.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
-        found[method] = TopMaps(
-            rows.drop_columns("heatmap"), values.reshape(len(rows), *packed.type.shape)
-        )
+    claimants = run.claimants(network)
+    for layer in run.networks[network]["layers"]:
+        table = run.explanations(network, where=top, image_ids=image_ids, layer=layer).to_table()
+        for claimant in claimants:
+            if claimant.layer == layer:
+                rows = table.filter(pc.field("method") == claimant.method).sort_by("image_id")
+                packed = rows["heatmap"].combine_chunks()
+                values = packed.storage.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
+                found[claimant.name] = TopMaps(
+                    rows.drop_columns("heatmap"), values.reshape(len(rows), *claimant.map_shape)
+                )
     return found

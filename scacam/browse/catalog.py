@@ -208,9 +208,14 @@ class Catalog:
             files := self._files(f"metrics/localization_images/network={question.network}")
         ):
             columns[0] = "s.iou_any as overlap"
+            scores = self.run.metrics(f"localization_images/network={question.network}")
+            of_layer = ""
+            if scores is not None and "layer" in scores.schema.names:  # not in older tables
+                of_layer = " and layer = $layer"
+                values["layer"] = question.layer
             tables += (
                 " left join (select image_id, any_value(iou_any) as iou_any from"
-                " read_parquet($overlaps) where method = $method group by image_id) s"
+                f" read_parquet($overlaps) where method = $method{of_layer} group by image_id) s"
                 " using (image_id)"
             )
             values["overlaps"] = files

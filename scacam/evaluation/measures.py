@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scacam.evaluation.sweep import GRID, Sweep, iou, quantise, sweep
+from scacam.evaluation.sweep import GRID, Sweep, iou, quantise, search
 from scacam.localization import box_of_region, upsample
 
 __all__ = [
@@ -165,7 +165,7 @@ def baseline_sweep(name: str) -> Sweep:
     """The boxes of a baseline at all levels."""
     heatmap = baseline_map(name)
     score = (heatmap - heatmap.min()) / np.ptp(heatmap) if np.ptp(heatmap) else heatmap
-    return sweep(quantise(score))
+    return search(quantise(score))
 
 
 def mask_in_view(mask: np.ndarray, size: tuple[int, int], view: np.ndarray) -> np.ndarray:

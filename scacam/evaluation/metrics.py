@@ -6,7 +6,7 @@ A row says what each image adds to its metric's state, and how the metric comes 
 To add a metric: write its function here, give it a row in `METRICS`, and test it.
 """
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -208,6 +208,15 @@ class State:
                     total.sums[name] = np.zeros((groups, *sums.shape[1:]))
                 total.sums[name][part.groups] += sums
         return total
+
+    @classmethod
+    def beside(cls, parts: Sequence["State"]) -> "State":
+        """Of the same images in the same groups: the methods of one state behind another's."""
+        sums = {
+            name: np.concatenate([part.sums[name] for part in parts], axis=1)
+            for name in parts[0].sums
+        }
+        return cls(parts[0].groups, parts[0].images, sums)
 
 
 def metrics_of(needs: str) -> list[Metric]:

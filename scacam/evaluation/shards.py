@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from scacam.evaluation.bounds import reached
 from scacam.evaluation.measures import (
-    BASELINES,
     FIXED_THRESHOLDS,
     MEASURES,
     Claim,
@@ -42,7 +42,6 @@ from scacam.evaluation.sweep import (
     quantise,
     score_map,
     search,
-    sweep,
 )
 from scacam.evaluation.tables import IMAGE_SCORES
 from scacam.evaluation.truth import MaskFiles, TrueBoxes
@@ -62,6 +61,7 @@ _COLUMNS = (
 
 _SWEPT = [(metric.name, overlap) for metric, overlap in SWEPT]
 _LARGEST = _SWEPT.index(("max_box_acc", RIGHT_IOU))
+_LIMITS = sorted({overlap for _, overlap in SWEPT})
 _ANY = _SWEPT.index(("max_box_acc_v2", RIGHT_IOU))
 
 
@@ -105,13 +105,17 @@ class _Stage(ABC):
 
     Attributes:
         load: gets the truth, and the groups of all images, `[images]`.
-        methods: those of the network.
+        layer: whose shards these are.
+        methods: those of the layer.
+        baselines: of `measures.BASELINES`, those to be measured beside them.
         with_relu: those whose maps get a ReLU first.
         input_size: height and width of the network's input.
     """
 
     load: Callable[[], tuple[Any, np.ndarray]]
+    layer: str
     methods: Sequence[str]
+    baselines: Sequence[str]
     with_relu: Collection[str]
     input_size: tuple[int, int]
 
@@ -154,6 +158,16 @@ class _Stage(ABC):
         """Whether the maps of each method get a ReLU: bool `[methods]`."""
         return np.array([method in self.with_relu for method in self.methods], dtype=bool)
 
+    def _distinct(self, keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
+        """The first of each key, and for each key which of these it has; behind them the baselines.
+
+        Networks that pool globally have several methods with the same maps.
+        """
+        first = {key: index for index, key in reversed(list(enumerate(keys)))}
+        order = sorted(first.values())
+        places = [order.index(first[key]) for key in keys]
+        return order, places + [len(order) + index for index in range(len(self.baselines))]
+
 
 class CountHits(_Stage):
     """Against boxes, the first pass: how many images have a hit, at each threshold.
@@ -173,14 +187,17 @@ class CountHits(_Stage):
             return None
         if image.heatmaps is None:
             return {
-                "hits": np.zeros((len(self.methods) + len(BASELINES), len(SWEPT), LEVELS), bool)
+                "hits": np.zeros(
+                    (len(self.methods) + len(self.baselines), len(SWEPT), LEVELS), bool
+                )
             }
         maps = _rectified(image.heatmaps, self.relu)
-        first, places = _distinct([heatmap.tobytes() for heatmap in maps])
-        sweeps = [sweep(quantise(score_map(maps[index]))) for index in first]
-        sweeps += [baseline_sweep(name) for name in BASELINES]
-        found = np.stack([_hits(boxes, shown) for boxes in sweeps])
-        return {"hits": found[places]}
+        first, places = self._distinct([heatmap.tobytes() for heatmap in maps])
+        grays = [quantise(score_map(maps[index])) for index in first]
+        overlaps = [reached(gray, shown.pixels, _LIMITS) for gray in grays]
+        overlaps += [best_ious(baseline_sweep(name), shown.pixels) for name in self.baselines]
+        found = [hits({"iou": largest, "iou_any": best}) for largest, best in overlaps]
+        return {"hits": np.stack(found)[places]}
 
     def summed(
         self,
@@ -220,7 +237,7 @@ class ScoreImages(_Stage):
             nothing = np.full(self.levels.shape, np.nan)
             return {"best": nothing, **dict.fromkeys(MEASURES, nothing[:, 0, 0])}
         relu, views = self.relu, np.tile(image.view, (len(self.methods), 1))
-        first, places = _distinct(
+        first, places = self._distinct(
             [
                 b"".join((heatmap.tobytes(), flag.tobytes(), levels.tobytes()))
                 for heatmap, flag, levels in zip(image.heatmaps, relu, self.levels, strict=False)
@@ -240,7 +257,7 @@ class ScoreImages(_Stage):
             distinct, where = np.unique(levels, return_inverse=True)
             boxes = search(gray, distinct.tolist())
             best.append(_overlaps(boxes, shown, where.reshape(levels.shape)))
-        for name, levels in zip(BASELINES, self.levels[len(self.methods) :], strict=True):
+        for name, levels in zip(self.baselines, self.levels[len(self.methods) :], strict=True):
             claims.append(baseline(name, image.view))
             best.append(_overlaps(baseline_sweep(name), shown, levels))
         columns = {
@@ -271,7 +288,8 @@ class ScoreImages(_Stage):
         mapped = [index for index, image in enumerate(images) if image.heatmaps is not None]
         if not mapped:
             return
-        methods = [*self.methods, *BASELINES]
+        methods = [*self.methods, *self.baselines]
+        layers = [*[self.layer] * len(self.methods), *[None] * len(self.baselines)]
         best = columns["best"][:, :, 0 if self.known else 1]
         scores = {"iou": best[..., _LARGEST], "iou_any": best[..., _ANY], **columns}
         rows: dict[str, Any] = {
@@ -279,13 +297,14 @@ class ScoreImages(_Stage):
             "uri": [images[index].uri for index in mapped for _ in methods],
             "class_id": np.repeat([images[index].label for index in mapped], len(methods)),
             "method": methods * len(mapped),
+            "layer": layers * len(mapped),
             "top1": np.repeat([images[index].top1 for index in mapped], len(methods)),
         }
         rows |= {name: scores[name][mapped].ravel() for name in IMAGE_SCORES.names[len(rows) :]}
         arrays = [pa.array(rows[field.name], field.type) for field in IMAGE_SCORES]
-        write_table(
-            join(self.folder, shard.rpartition("/")[2]), pa.table(arrays, schema=IMAGE_SCORES)
-        )
+        # Those of other layers are called alike, and a name that begins with _ would be hidden.
+        name = shard.rpartition("/")[2].replace(".parquet", f"-{self.layer}.parquet")
+        write_table(join(self.folder, name), pa.table(arrays, schema=IMAGE_SCORES))
 
 
 class MeasureMasks(_Stage):
@@ -301,7 +320,7 @@ class MeasureMasks(_Stage):
         if mask is None or image.heatmaps is None:
             return None
         shown = mask_in_view(mask, image.size, image.view)
-        maps = [*_rectified(image.heatmaps, self.relu), *map(baseline_map, BASELINES)]
+        maps = [*_rectified(image.heatmaps, self.relu), *map(baseline_map, self.baselines)]
         found = [score_histograms(score_map(heatmap), shown) for heatmap in maps]
         return {"histograms": np.stack(found).astype(np.uint32)}
 
@@ -354,23 +373,6 @@ def _are_in(ids: np.ndarray, wanted: np.ndarray) -> np.ndarray:
 def _rectified(heatmaps: np.ndarray, relu: np.ndarray) -> np.ndarray:
     """Maps `[methods, h, w]` with the ReLU of their methods applied."""
     return np.where(relu[:, None, None], heatmaps.clip(min=0), heatmaps)
-
-
-def _distinct(keys: Sequence[bytes]) -> tuple[list[int], list[int]]:
-    """The first of each key, and for each key which of these it has; behind them the baselines.
-
-    Networks that pool globally have several methods with the same maps.
-    """
-    first = {key: index for index, key in reversed(list(enumerate(keys)))}
-    order = sorted(first.values())
-    places = [order.index(first[key]) for key in keys]
-    return order, places + [len(order) + index for index in range(len(BASELINES))]
-
-
-def _hits(boxes: Sweep, shown: InView) -> np.ndarray:
-    """Where the boxes of a map are right: bool `[4, 255]`."""
-    largest, any_contour = best_ious(boxes, shown.pixels)
-    return hits({"iou": largest, "iou_any": any_contour})
 
 
 def _overlaps(boxes: Sweep, shown: InView, levels: np.ndarray) -> np.ndarray:

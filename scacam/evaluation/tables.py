@@ -1,14 +1,21 @@
 """Arrow schemas of what an evaluation leaves in `OUT/metrics`."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
 import pyarrow as pa
 
 from scacam.evaluation.measures import MEASURES
+from scacam.tables import claimant_names
 
-__all__ = ["CURVES", "DIFFERENCES", "IMAGE_SCORES", "LOCALIZATION", "TRUE_BOXES"]
+__all__ = ["CURVES", "DIFFERENCES", "IMAGE_SCORES", "LOCALIZATION", "TRUE_BOXES", "named"]
+
+Row = Mapping[str, Any]
 
 LOCALIZATION = pa.schema(
     [
         ("network", pa.string()),
+        ("layer", pa.string()),
         ("method", pa.string()),
         ("metric", pa.string()),
         ("value", pa.float64()),
@@ -19,13 +26,15 @@ LOCALIZATION = pa.schema(
     ]
 )
 """Metrics as fractions, with 95 % intervals. Of metrics whose thresholds are the best on the data
-set: these thresholds, as shares of the maximum."""
+set: these thresholds, as shares of the maximum. Baselines have no layer, here as in all tables."""
 
 DIFFERENCES = pa.schema(
     [
         ("network", pa.string()),
         ("metric", pa.string()),
+        ("layer", pa.string()),
         ("method", pa.string()),
+        ("other_layer", pa.string()),
         ("other", pa.string()),
         ("difference", pa.float64()),
         ("ci_low", pa.float64()),
@@ -38,6 +47,7 @@ DIFFERENCES = pa.schema(
 CURVES = pa.schema(
     [
         ("network", pa.string()),
+        ("layer", pa.string()),
         ("method", pa.string()),
         ("metric", pa.string()),
         ("iou", pa.float64()),
@@ -53,6 +63,7 @@ IMAGE_SCORES = pa.schema(
         ("uri", pa.string()),
         ("class_id", pa.int32()),
         ("method", pa.string()),
+        ("layer", pa.string()),
         ("top1", pa.bool_()),
         ("iou", pa.float64()),
         ("iou_any", pa.float64()),
@@ -73,3 +84,22 @@ TRUE_BOXES = pa.schema(
     ]
 )
 """The true boxes that a run was evaluated against, one row per object, by image id."""
+
+
+def named(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
+    """Other rows of a network with its methods, and what they are compared with, by their names.
+
+    As `claimant_names` has them. Tables of before runs had layers say nothing of them.
+
+    Args:
+        rows: as in `LOCALIZATION`: all that was measured of the network.
+        others: these, or rows of another table.
+    """
+    names = claimant_names((row.get("layer"), row["method"]) for row in rows)
+    found: list[Row] = []
+    for other in others:
+        row = {**other, "method": names[other.get("layer"), other["method"]]}
+        if "other" in row:
+            row["other"] = names[row.get("other_layer"), row["other"]]
+        found.append(row)
+    return found

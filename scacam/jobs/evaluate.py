@@ -31,12 +31,11 @@ from scacam.evaluation.intervals import (
 from scacam.evaluation.measures import BASELINES
 from scacam.evaluation.metrics import TOP1, State, names_of, titles
 from scacam.evaluation.shards import CountHits, MeasureMasks, Part, ScoreImages
-from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION
+from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION, named
 from scacam.evaluation.truth import MaskFiles, TrueBoxes, read_boxes, read_masks
 from scacam.pipeline.cluster import start_ray
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
-from scacam.runs.shards import shards_of
 from scacam.storage import join, locate
 from scacam.storage.parquet import read_columns, write_table
 
@@ -47,6 +46,9 @@ _AHEAD = 2
 _TABLES = {"localization": LOCALIZATION, "differences": DIFFERENCES, "localization_curves": CURVES}
 _BOXES = "metrics/localization_boxes.parquet"
 _IMAGES = "metrics/localization_images"
+
+Claimants = Mapping[str, tuple[str | None, str]]
+"""By name, the layer and the method of what is measured; baselines have no layer."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -78,9 +80,14 @@ class Result:
     rows: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in _TABLES})
     ok: ClassVar[bool] = True
 
-    def add(self, network: str, table: str, rows: Iterable[Row]) -> None:
-        """Add rows of a network to a table."""
-        self.rows[table] += [{"network": network, **row} for row in rows]
+    def add(self, network: str, table: str, rows: Iterable[Row], claimants: Claimants) -> None:
+        """Add rows of a network to a table, each of a claimant by its name."""
+        for row in rows:
+            layer, method = claimants[row["method"]]
+            of_table = {"network": network, **row, "layer": layer, "method": method}
+            if "other" in row:
+                of_table["other_layer"], of_table["other"] = claimants[row["other"]]
+            self.rows[table].append(of_table)
 
     def __str__(self) -> str:
         lines = [*self.remarks]
@@ -94,6 +101,7 @@ class Result:
             [row for row in self.rows[table] if row["network"] == network]
             for table in ("localization", "differences")
         )
+        rows, pairs = named(rows, rows), named(rows, pairs)
         cells = {(row["method"], row["metric"]): row for row in rows}
         methods = list(dict.fromkeys(row["method"] for row in rows))
         width = max(map(len, methods))
@@ -178,26 +186,60 @@ class Work(NamedTuple):
     groups: int
     truth: ray.ObjectRef
 
-    def claimants(self, network: str) -> list[str]:
-        """The methods of a network, and the baselines."""
-        return [*self.run.networks[network]["methods"], *BASELINES]
+    def claimants(self, network: str) -> "Claimants":
+        """What is measured of a network, by name: the methods of its layers, and the baselines.
+
+        Of each its layer and its method; baselines have no layer.
+        """
+        methods = {each.name: (each.layer, each.method) for each in self.run.claimants(network)}
+        return {**methods, **{name: (None, name) for name in BASELINES}}
 
     def summed(
-        self, network: str, stage: Callable[..., Any], groups: int, **more: Any
+        self,
+        network: str,
+        stage: Callable[..., Any],
+        groups: int,
+        levels: np.ndarray | None = None,
+        **more: Any,
     ) -> tuple[Counter[str], State]:
-        """The sums over all shards of a network, made in tasks and only added here."""
+        """The sums over all shards of a network, `[groups, claimants, …]`, and what became of them.
+
+        Layer by layer, for their shards have the same images; the baselines with the last one.
+        """
+        layers = self.run.networks[network]["layers"]
+        states = []
+        begin = 0
+        for layer, described in layers.items():
+            baselines = BASELINES if layer == list(layers)[-1] else ()
+            end = begin + len(described["methods"]) + len(baselines)
+            if levels is not None:
+                more["levels"] = levels[begin:end]
+            counts, state = self._summed(network, layer, baselines, stage, groups, more)
+            states.append(state)
+            begin = end
+        return counts, State.beside(states)
+
+    def _summed(
+        self,
+        network: str,
+        layer: str,
+        baselines: Sequence[str],
+        stage: Callable[..., Any],
+        groups: int,
+        more: Mapping[str, Any],
+    ) -> tuple[Counter[str], State]:
+        """Those of one layer, made in tasks and only added here."""
         described = self.run.networks[network]
         measure = stage(
             load=partial(ray.get, self.truth),
-            methods=described["methods"],
+            layer=layer,
+            methods=described["layers"][layer]["methods"],
+            baselines=baselines,
             with_relu=[name for name, method in self.run.methods.items() if method["relu"]],
             input_size=tuple(described["preprocessing"]["crop_size"]),
             **more,
         )
-        folder = f"explanations/network={network}"
-        shards = [
-            join(self.run.path, folder, info.base_name) for info in shards_of(self.run.path, folder)
-        ]
+        shards = self.run.shards(network, layer)
         counts: Counter[str] = Counter()
 
         def states() -> Iterator[State]:
@@ -253,17 +295,18 @@ def evaluate_boxes(work: Work, network: str, result: Result) -> None:
             f"{network}: {counts['unmapped']:,} images have no map of their labelled class, so "
             "there are only top1_ metrics; run the explain job with --explain-label for the others"
         )
-    hits, methods = state.sums["hits"][0], work.claimants(network)
+    hits, claimants = state.sums["hits"][0], work.claimants(network)
     levels = best_levels(hits)
     folder = join(work.run.path, f"{_IMAGES}/network={network}")
     _, state = work.summed(
         network, ScoreImages, work.groups, levels=levels, known=known, folder=folder
     )
     names = [name for name in names_of("boxes") if known or name.startswith(TOP1)]
-    result.add(network, "localization_curves", curves(hits, images, methods, known))
-    rows, pairs = summarise(state, methods, names, levels)
-    result.add(network, "localization", rows)
-    result.add(network, "differences", pairs)
+    found = curves(hits, images, list(claimants), known)
+    result.add(network, "localization_curves", found, claimants)
+    rows, pairs = summarise(state, list(claimants), names, levels)
+    result.add(network, "localization", rows, claimants)
+    result.add(network, "differences", pairs, claimants)
 
 
 def evaluate_masks(work: Work, network: str, result: Result) -> None:
@@ -289,9 +332,10 @@ def evaluate_masks(work: Work, network: str, result: Result) -> None:
             f"no mask has a pixel of value 1 in the view of {network}; masks are 0 outside, "
             f"1 inside, 255 ignored. {result.remarks[-1]}"
         )
-    rows, pairs = summarise(state, work.claimants(network), names_of("masks"))
-    result.add(network, "localization", rows)
-    result.add(network, "differences", pairs)
+    claimants = work.claimants(network)
+    rows, pairs = summarise(state, list(claimants), names_of("masks"))
+    result.add(network, "localization", rows, claimants)
+    result.add(network, "differences", pairs, claimants)
 
 
 def write(output: str, result: Result, truth: TrueBoxes | MaskFiles) -> None:

@@ -34,7 +34,7 @@ from scacam.jobs.options import (
 )
 from scacam.methods import METHODS
 from scacam.networks import Network
-from scacam.pipeline.cluster import allot, await_nodes, start_ray
+from scacam.pipeline.cluster import allot, await_nodes, ray_starting, start_ray
 from scacam.pipeline.stream import explain, speed, stages
 from scacam.runs import lifecycle
 from scacam.runs.describe import describe_network, describe_run
@@ -197,6 +197,7 @@ def run(
     manifest = lifecycle.listed_before(output, asked(options)) or read_manifest(
         input, limit, image_column, label_column
     )
+    wait_for_ray = start_ray if dry_run else ray_starting()
     loaded = load_networks(networks, target_layer, categories, output_kind, finer_layer)
     manifest = resolve_labels(manifest, {network.name: network.categories for network in loaded})
     check_networks(options, loaded, manifest)
@@ -212,6 +213,7 @@ def run(
         if record["status"] != "complete":
             images = len(manifest.table)
             del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
+            wait_for_ray()
             record, told = explain_all(options, record, images, loaded)
     counts = record["images"], record["explained"], record["errors"]
     return Result(output, *counts, max_error_rate, [*left_out, *told])
@@ -222,7 +224,6 @@ def explain_all(
 ) -> tuple[dict[str, Any], list[str]]:
     """Explain what is not explained yet, and prove the run; its record, and what was done."""
     started = time.monotonic()
-    start_ray()
     gpus = await_nodes(options.gpus)
     costs = [seconds_per_image(network) for network in networks]
     allotments = allot(costs, gpus)

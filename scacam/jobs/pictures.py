@@ -86,10 +86,12 @@ def images(run: Run) -> Iterator[tuple[int, dict[str, list[dict[str, Any]]]]]:
         found: dict[int, dict[str, pa.Table]] = {}
         for network in run.networks:
             table = run.explanations(network, image_ids=ids).to_table()
+            # The rows of an image lie together in each layer's shard.
+            table = table.take(np.argsort(table["image_id"].to_numpy(), kind="stable"))
             owners = table["image_id"].to_numpy()
             for each, first, count in zip(
                 *np.unique(owners, return_index=True, return_counts=True), strict=True
-            ):  # the rows of an image lie together in its shard
+            ):
                 found.setdefault(int(each), {})[network] = table.slice(first, count)
         for image_id, tables in sorted(found.items()):
             yield image_id, {network: rows.to_pylist() for network, rows in tables.items()}
@@ -105,9 +107,11 @@ def picture(run: Run, rows: dict[str, list[dict[str, Any]]]) -> Image.Image:
             top_classes(explanations),
             label_note(explanations),
             [
-                Cell(run.overlay(row, photo), row["method"])
+                Cell(run.overlay(row, photo), claimant.name)
+                for claimant in run.claimants(network)
                 for row in explanations
                 if row["rank"] == 1
+                and (row["layer"], row["method"]) == (claimant.layer, claimant.method)
             ],
         )
         for network, explanations in rows.items()

@@ -7,8 +7,9 @@ every other head is differentiated by autograd.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from itertools import count
 from typing import Literal, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from scacam.errors import NetworkError
 from scacam.methods import METHODS
 from scacam.methods.gradients import Gradients, MaskedGradients, weigh
+from scacam.networks.block import LastBlock, pruned
 from scacam.networks.output import (
     SHAPING,
     Output,
@@ -25,10 +27,12 @@ from scacam.networks.output import (
     look_at_output,
     operation,
 )
-from scacam.networks.target import TargetLayer, capture, find_layers
+from scacam.networks.target import Reach, TargetLayer, capture, find_layers
 
 __all__ = ["Anatomy", "ExplainedLayer", "Head", "differentiable", "differentiate", "examine"]
 
+
+_SEED = 0
 
 # Operations of the autograd graph, without their suffix `Backward0`.
 _POOLING = {"Mean", "AvgPool2D"}
@@ -57,10 +61,16 @@ class Head:
             ReLU, pooling, as in SqueezeNet), or `general`.
         classifier: name of the layer whose weights are class weights on pooled features; None for
             a general head.
+        block: of a head that begins inside the last block of a transformer, that block, if it may
+            be run for the tokens alone that are read; see `block`.
+        is_even: whether a general head pools the features first, so that its gradients are the
+            same at every position.
     """
 
     kind: Kind
     classifier: str | None
+    is_even: bool = False
+    block: LastBlock | None = None
 
     def class_weights(self, module: nn.Module) -> Tensor | None:
         """Weights `[classes, C]` from pooled channels to logits, or None."""
@@ -69,6 +79,16 @@ class Head:
         weight = module.get_submodule(self.classifier).weight
         assert isinstance(weight, Tensor)
         return both_classes(weight.detach().flatten(1).T).T
+
+    def biases(self, module: nn.Module) -> Tensor:
+        """`[classes]` of the classifier; zeros if it has none."""
+        assert self.classifier is not None
+        bias = module.get_submodule(self.classifier).bias
+        if isinstance(bias, Tensor):
+            return both_classes(bias.detach()[None])[0]
+        weights = self.class_weights(module)
+        assert weights is not None
+        return weights.new_zeros(len(weights))
 
     def gradients(self, module: nn.Module, features: Tensor, class_ids: Tensor) -> Gradients:
         """Gradients of the logits of some classes with respect to the features (Equation 4).
@@ -90,11 +110,8 @@ class Head:
         if self.kind == "rectified":
             return MaskedGradients(per_cell, (features > 0).to(features.dtype)[:, None])
         if self.kind == "scores":
-            assert self.classifier is not None
-            scores = weigh(weights, features)
-            bias = module.get_submodule(self.classifier).bias
-            if isinstance(bias, Tensor):
-                scores = scores + bias.detach()[class_ids][..., None, None]
+            biases = self.biases(module)[class_ids].to(features.dtype)
+            scores = weigh(weights, features) + biases[..., None, None]
             return MaskedGradients(per_cell, (scores > 0).to(features.dtype)[:, :, None])
         return per_cell
 
@@ -129,8 +146,9 @@ class ExplainedLayer(NamedTuple):
     Attributes:
         layer: the layer, as name and call.
         head: what lies between its output and the logits.
-        straight: whether a single path of pooling, linear and pointwise operations leads from
-            there to the logits, so that it is what the classifier pools.
+        straight: whether it is what the classifier pools: a single path of pooling, linear and
+            pointwise operations leads from there to the logits, or all that they know of the image
+            passes through it, or it gives the tokens that are read last.
         feature_shape: channels, height and width of its output.
     """
 
@@ -195,15 +213,22 @@ def examine(
     handle = module.register_forward_hook(lambda _module, _inputs, output: answers.append(output))
     try:
         with eagerly(), differentiable(module):
-            found = find_layers(module, images[:2], target_layers, finer_layer)
+            found = find_layers(
+                module,
+                images[:2],
+                target_layers,
+                finer_layer,
+                reach=lambda *asked: _reach(module, images[:2], *asked),
+            )
             for target in found.explained:
                 # A pass for each: its operations are those of a graph that begins at this layer.
-                with capture(module, [target], differentiable=[target]) as captured:
+                with capture(module, images.shape[2:], [target], [target]) as captured:
                     output, raw = look_at_output(module, images[1:], output_kind)
-                layers.append(_explained(module, target, captured.of(target), raw))
+                features = captured.of(target)
+                layers.append(_explained(module, images[1:], target, features, raw))
     finally:
         handle.remove()
-    _refuse_other_answer(answers[0][1], answers[1][0])
+    _refuse_other_answer(answers[0][1], answers[-1][0])
     num_classes = both_classes(raw).shape[1]
     return Anatomy(tuple(layers), found.finer, found.finer_shape, output, num_classes)
 
@@ -218,37 +243,123 @@ def _refuse_other_answer(one: Tensor, other: Tensor) -> None:
         )
 
 
+def _reach(module: nn.Module, images: Tensor, target: TargetLayer, classifier: str | None) -> Reach:
+    """How what a module returns depends on a layer.
+
+    Asked is what the classifier takes, where that is known: a new one may have weights of zero.
+    """
+    taken: list[Tensor] = []
+    with ExitStack() as hooks:
+        captured = hooks.enter_context(capture(module, images.shape[2:], [target], [target]))
+        if classifier is not None:
+            layer = module.get_submodule(classifier)
+            hook = layer.register_forward_pre_hook(lambda _layer, inputs: taken.append(inputs[0]))
+            hooks.callback(hook.remove)
+        returned = module(images)
+    read = taken[-1] if taken else returned
+    if read.grad_fn is None:
+        return Reach(False, False)
+    # Sums over the channels behind a normalisation are the same for every image.
+    random = torch.randn(read.shape, generator=torch.Generator().manual_seed(_SEED)).to(read)
+    (gradients,) = torch.autograd.grad(
+        (read * random).sum(), captured.of(target), retain_graph=True, allow_unused=True
+    )
+    reached = gradients is not None and bool((gradients != 0).any())
+    return Reach(reached, reached and bool(_operations(returned)))
+
+
 def _explained(
-    module: nn.Module, target: TargetLayer, features: Tensor, raw: Tensor
+    module: nn.Module, images: Tensor, target: TargetLayer, features: Tensor, raw: Tensor
 ) -> ExplainedLayer:
     """A layer with what lies between its features and the logits as the module has them."""
-    operations = _operations(raw, target)
-    head = _head(module, operations, features, raw)
-    channels, height, width = features.shape[1:]
-    return ExplainedLayer(target, head, bool(operations), (channels, height, width))
-
-
-def _head(module: nn.Module, operations: list[str], features: Tensor, raw: Tensor) -> Head:
+    unread = NetworkError(
+        f"the logits do not depend on layer {target.name!r}: it is not used, or what comes "
+        "after it runs under torch.inference_mode, torch.no_grad or detach, or reads the class "
+        "token alone; name another layer or take that out"
+    )
+    if raw.grad_fn is None:
+        raise unread
     logits = both_classes(raw)
     class_ids = logits.detach().topk(min(3, logits.shape[1])).indices
     (expected,) = differentiate(logits, [features], class_ids)
+    if target.others is not None and not expected.any() and logits.any():
+        raise unread
+    operations = _operations(raw)
+    head = _head(module, operations, features, raw, class_ids, expected)
+    if target.others and not operations:
+        block = _last_block(module, images, target, logits, class_ids, expected)
+        head = replace(head, block=block)
+    straight = bool(operations) or target.others is not None or _is_neck(module, images, target)
+    channels, height, width = features.shape[1:]
+    return ExplainedLayer(target, head, straight, (channels, height, width))
+
+
+def _head(
+    module: nn.Module,
+    operations: list[str],
+    features: Tensor,
+    raw: Tensor,
+    class_ids: Tensor,
+    expected: Tensor,
+) -> Head:
+    """The head whose gradients of some classes are those expected."""
+    tolerance = 1e-4 * expected.abs().max()
     for candidate in _candidates(module, operations, features.shape[1], raw.shape[1]):
         with torch.no_grad():
             found = candidate.gradients(module, features, class_ids)
         actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
-        if (actual - expected).abs().max() <= 1e-4 * expected.abs().max():
+        if (actual - expected).abs().max() <= tolerance:
             return candidate
-    return Head("general", None)
+    is_even = (expected - expected[..., :1, :1]).abs().max() <= tolerance
+    first = next((step for step in operations if step not in SHAPING), None)
+    return Head("general", None, is_even=first in _POOLING and bool(is_even))
 
 
-def _operations(logits: Tensor, target: TargetLayer) -> list[str]:
+def _last_block(
+    module: nn.Module,
+    images: Tensor,
+    target: TargetLayer,
+    logits: Tensor,
+    class_ids: Tensor,
+    expected: Tensor,
+) -> LastBlock | None:
+    """The block around a layer, if it gives the same logits and gradients when it is pruned."""
+    others = target.others or ()
+    name = target.name.rpartition(".")[0]
+    if not name or target.call or others != tuple(range(len(others))):
+        return None
+    block = LastBlock(name, len(others))
+    try:
+        with (
+            pruned(module, block),
+            capture(module, images.shape[2:], [target], [target]) as captured,
+        ):
+            found = both_classes(module(images))
+        (actual,) = differentiate(found, [captured.of(target)], class_ids)
+    except Exception:  # whatever the module says to fewer tokens
+        return None
+    is_same = all(
+        one.shape == other.shape and (one - other).abs().max() <= 1e-4 * other.abs().max()
+        for one, other in ((found, logits), (actual, expected))
+    )
+    return block if is_same else None
+
+
+def _is_neck(module: nn.Module, images: Tensor, target: TargetLayer) -> bool:
+    """Whether all that the logits know of the image passes through a layer."""
+    calls = count()
+
+    def give_all_the_first(_layer: nn.Module, _inputs: object, output: Tensor) -> Tensor | None:
+        return output[:1].expand_as(output).clone() if next(calls) == target.call else None
+
+    with module.get_submodule(target.name).register_forward_hook(give_all_the_first):
+        answers = module(images).detach()
+    return torch.allclose(answers[1:], answers[:1].expand_as(answers[1:]), rtol=1e-3, atol=1e-5)
+
+
+def _operations(logits: Tensor) -> list[str]:
+    """The path from the leaf to the logits, if it is a single one of known operations."""
     node = logits.grad_fn
-    if node is None:
-        raise NetworkError(
-            f"the logits do not depend on layer {target.name!r}: it is not used, or what comes "
-            "after it runs under torch.inference_mode, torch.no_grad or detach; name another layer "
-            "or take that out"
-        )
     operations: list[str] = []
     while node is not None and node.name() != "torch::autograd::AccumulateGrad":
         parents = [parent for parent, _ in node.next_functions if parent is not None]

@@ -69,9 +69,9 @@ class Network:
                 sigmoid for a single logit.
 
         Raises:
-            NetworkError: there is no spatial map that the classifier pools, the target layer does
-                not exist, the module cannot be watched or is no function of one image, its logits
-                cannot be had, or the categories are not one per logit.
+            NetworkError: there is no map or token grid that the classifier reads, the target layer
+                does not exist, the module cannot be watched or is no function of one image, its
+                logits cannot be had, or the categories are not one per logit.
         """
         self.module = module.eval()
         self.name = name or type(module).__name__
@@ -151,7 +151,7 @@ class Network:
         return self.output.logits(self.module, images)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """`[B, classes]` from logits, as `output.kind` says."""
+        """From logits `[…, classes]`, as `output.kind` says."""
         return self.output.probabilities(logits)
 
     def normalize(self, pixels: Tensor) -> Tensor:

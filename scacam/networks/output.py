@@ -30,7 +30,7 @@ _ITS_LOGITS = "let it return its logits"
 
 SHAPING = {
     "Clone", "View", "ReshapeAlias", "UnsafeView", "Squeeze", "Unsqueeze", "AsStrided",
-    "Permute", "Transpose",
+    "Permute", "Transpose", "IndexCopy", "Slice", "Alias",
 }  # fmt: skip
 """Operations of the autograd graph that leave the values as they are."""
 
@@ -57,8 +57,8 @@ class Output:
         return both_classes(seen.input.reshape(returned.shape))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """`[B, classes]`, in single precision; of `sigmoid` they need not sum to 1."""
-        return logits.float().softmax(1) if self.kind == "softmax" else logits.float().sigmoid()
+        """Of logits `[…, classes]`, in single precision; of `sigmoid` they need not sum to 1."""
+        return logits.float().softmax(-1) if self.kind == "softmax" else logits.float().sigmoid()
 
 
 def both_classes(logits: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """The layers to look at: finding them by watching one forward pass, and capturing their output."""
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from scacam.errors import NetworkError
+from scacam.networks.tokens import grid_of, replaced, shape_of_grid, unlike_images
 
-__all__ = ["Capture", "FoundLayers", "TargetLayer", "capture", "find_layers"]
+__all__ = ["Capture", "FoundLayers", "Reach", "TargetLayer", "capture", "find_layers"]
 
 
 # Their output is their input, padded perhaps, or is pooled already: never the features.
@@ -36,11 +37,39 @@ class TargetLayer(NamedTuple):
         name: of the layer.
         call: which of its calls in one forward pass is meant; the first is 0.
         channels_last: whether it gives `[B, h, w, C]`, as the layers of a Swin transformer do.
+        others: where it gives tokens `[B, N, C]`, the positions of those that are no part of the
+            image (class token, registers); None where it gives a map.
     """
 
     name: str
     call: int = 0
     channels_last: bool = False
+    others: tuple[int, ...] | None = None
+
+    def features(self, output: Tensor, size: Sequence[int]) -> Tensor:
+        """What the layer gives of images of some height and width, as `[B, C, h, w]`."""
+        if self.others is not None:
+            return grid_of(output, self.others, size)
+        return output.permute(0, 3, 1, 2) if self.channels_last else output
+
+    def output(self, features: Tensor, output: Tensor) -> Tensor:
+        """A copy of what the layer gives, with other features `[B, C, h, w]` in it."""
+        if self.others is not None:
+            return replaced(output, self.others, features)
+        copy = features.clone()
+        return copy.permute(0, 2, 3, 1) if self.channels_last else copy
+
+
+class Reach(NamedTuple):
+    """How the logits depend on a layer.
+
+    Attributes:
+        reached: whether they do at all, on its map or on its image's tokens.
+        straight: whether by a single path of pooling, linear and pointwise operations.
+    """
+
+    reached: bool
+    straight: bool
 
 
 @dataclass
@@ -58,9 +87,18 @@ class Capture:
 
 @contextmanager
 def capture(
-    module: nn.Module, layers: Collection[TargetLayer], differentiable: Collection[TargetLayer]
+    module: nn.Module,
+    size: Sequence[int],
+    layers: Collection[TargetLayer],
+    differentiable: Collection[TargetLayer],
 ) -> Iterator[Capture]:
     """Capture the output of layers in the forward pass run inside this context.
+
+    Args:
+        module: the network.
+        size: height and width of the images that it is given.
+        layers: what to capture.
+        differentiable: those of them with respect to which something is differentiated.
 
     The first of the `differentiable` ones to run becomes the leaf from which the graph of all that
     follows starts, even if the module runs it under `torch.no_grad()`, which is lifted then. The
@@ -76,19 +114,19 @@ def capture(
             calls += 1
             if calls != layer.call + 1:
                 return None
-            if not isinstance(output, Tensor) or output.ndim != 4:
+            dimensions = 4 if layer.others is None else 3
+            if not isinstance(output, Tensor) or output.ndim != dimensions:
                 raise NetworkError(
                     f"layer {layer.name!r} gives {_described(output)}, not a spatial map "
                     "[batch, channels, h, w]; name another target layer"
                 )
-            features = output.permute(0, 3, 1, 2) if layer.channels_last else output
+            features = layer.features(output, size)
             if layer in differentiable and not features.requires_grad:
                 torch.set_grad_enabled(True)
                 features = features.detach().requires_grad_()
             captured.features[layer] = features
             # What runs next may work in place: it gets a copy.
-            copy = features.clone()
-            return copy.permute(0, 2, 3, 1) if layer.channels_last else copy
+            return layer.output(features, output)
 
         return module.get_submodule(layer.name).register_forward_hook(hook)
 
@@ -113,25 +151,38 @@ class FoundLayers(NamedTuple):
 
 
 class _Call(NamedTuple):
-    """A call of a layer in the watched forward pass, with the shapes that it takes and gives."""
+    """A call of a layer in the watched forward pass, with the shapes that it takes and gives.
+
+    `others` are the positions of the tokens that are no part of the image; None if what it gives
+    is no token grid.
+    """
 
     name: str
     layer: nn.Module
     taken: tuple[int, ...]
     given: tuple[int, ...]
+    others: tuple[int, ...] | None
 
 
 def find_layers(
-    module: nn.Module, images: Tensor, names: Sequence[str], finer: str | None
+    module: nn.Module,
+    images: Tensor,
+    names: Sequence[str],
+    finer: str | None,
+    reach: Callable[[TargetLayer, str | None], Reach],
 ) -> FoundLayers:
-    """Find the layers to look at in one forward pass.
+    """Find the layers to look at by watching a forward pass.
 
     Args:
         module: the network.
         images: `[B, channels, H, W]`.
         names: of the layers to explain; their last calls are taken. Without any it is the last
-            layer with a spatial output before the classifier.
+            layer with a spatial output before the classifier: a map, or tokens. The last tokens
+            are taken where they are pooled; else, since the last block leaves all tokens but the
+            class token unread, those of the last normalisation layer that the logits depend on.
         finer: name of the finer layer; left out, it is found.
+        reach: says how the logits depend on a layer; it is told the name of the classifier if that
+            is known.
 
     Raises:
         NetworkError: a named layer does not exist, did not run or gives no spatial map, or the
@@ -147,12 +198,17 @@ def find_layers(
             f"the network returns {_described(logits)}, not logits [batch, classes]; "
             "wrap it in a module that returns its logits"
         )
-    names = names or [_last_spatial(calls, images.shape, classes=logits.shape[1])]
-    explained = sorted({_last_call(calls, name) for name in names})
-    if finer is None:
+    if names:
+        explained = sorted({_last_call(calls, name) for name in names})
+    else:
+        explained = [_last_spatial(calls, images.shape, logits.shape[1], reach)]
+    index: int | None
+    if finer is not None:
+        index = _last_call(calls, finer, of_maps=True)
+    elif calls[explained[-1]].others is None:
         index = _find_finer(calls, explained, images.shape)
     else:
-        index = _last_call(calls, finer)
+        index = None
     targets = [_target(calls, each, images.shape) for each in explained]
     if index is None:
         return FoundLayers(targets, None, None)
@@ -166,11 +222,23 @@ def _watched(
 ) -> tuple[list[_Call], object]:
     """The calls of layers in a forward pass, in the order in which they end, and what it gives."""
     calls: list[_Call] = []
+    others: dict[int, tuple[int, ...]] = {}  # by how many tokens there are, when first seen
+
+    def others_of(values: object) -> tuple[int, ...] | None:
+        if not isinstance(values, Tensor) or values.ndim != 3 or len(values) != len(images):
+            return None
+        count = values.shape[1]
+        if count not in others:
+            others[count] = unlike_images(values)
+        of_image = count - len(others[count])
+        return others[count] if shape_of_grid(of_image, images.shape[2:]) else None
 
     def recorder(name: str):  # type: ignore[no-untyped-def]
         def hook(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
-            taken = tuple(getattr(inputs[0], "shape", ())) if inputs else ()
-            calls.append(_Call(name, layer, taken, tuple(getattr(output, "shape", ()))))
+            taken = inputs[0] if inputs else None
+            others_of(taken)
+            before, after = (tuple(getattr(values, "shape", ())) for values in (taken, output))
+            calls.append(_Call(name, layer, before, after, others_of(output)))
 
         return hook
 
@@ -187,22 +255,24 @@ def _watched(
             handle.remove()
 
 
-def _last_call(calls: list[_Call], name: str) -> int:
+def _last_call(calls: list[_Call], name: str, of_maps: bool = False) -> int:
     found = [index for index, call in enumerate(calls) if call.name == name]
     if not found:
         raise NetworkError(f"layer {name!r} did not run in the forward pass; name another")
-    if len(calls[found[-1]].given) != 4:
+    call = calls[found[-1]]
+    if len(call.given) != 4 and (of_maps or call.others is None):
+        tokens = "" if of_maps else " and not the tokens of one [batch, tokens, channels]"
         raise NetworkError(
-            f"the output of layer {name!r} is not a spatial map [batch, channels, h, w]; "
+            f"the output of layer {name!r} is not a spatial map [batch, channels, h, w]{tokens}; "
             "name another layer"
         )
     return found[-1]
 
 
 def _target(calls: list[_Call], index: int, images: Sequence[int]) -> TargetLayer:
-    name, given = calls[index].name, calls[index].given
+    name, _, _, given, others = calls[index]
     earlier = sum(call.name == name for call in calls[:index])
-    return TargetLayer(name, earlier, _is_channels_last(given, images))
+    return TargetLayer(name, earlier, _is_channels_last(given, images), others)
 
 
 def _find_finer(calls: list[_Call], explained: list[int], images: Sequence[int]) -> int | None:
@@ -262,22 +332,55 @@ def _is_channels_last(shape: tuple[int, ...], images: Sequence[int]) -> bool:
     return abs(math.log(first / second) - aspect) < abs(math.log(second / third) - aspect)
 
 
-def _last_spatial(calls: list[_Call], images: Sequence[int], classes: int) -> str:
-    found = None
-    spatial = None
-    for name, layer, _, shape in calls:
-        if isinstance(layer, nn.Linear | nn.Conv2d) and shape[1:2] == (classes,):
-            found = spatial  # the classifier, unless another one follows
-        if len(shape) != 4 or shape[0] != images[0] or isinstance(layer, _NOT_FEATURES):
-            continue
-        if _cells(shape, images) != (1, 1):
-            spatial = name
-    if found is None:
+def _last_spatial(
+    calls: list[_Call],
+    images: Sequence[int],
+    classes: int,
+    reach: Callable[[TargetLayer, str | None], Reach],
+) -> int:
+    classifiers = [
+        index
+        for index, call in enumerate(calls)
+        if isinstance(call.layer, nn.Linear | nn.Conv2d) and call.given[1:2] == (classes,)
+    ]
+    end = classifiers[-1] if classifiers else None
+    classifier = None if end is None else calls[end].name
+    before = range(len(calls))[:end]
+    maps = [index for index in before if _is_map(calls[index], images)]
+    tokens = [
+        index
+        for index in before[maps[-1] + 1 if maps else 0 :]
+        if calls[index].others is not None and not isinstance(calls[index].layer, _NOT_FEATURES)
+    ]
+    if tokens and reach(_target(calls, tokens[-1], images), classifier).straight:
+        return tokens[-1]
+    for index in reversed(tokens):
+        if (
+            _normalises(calls[index].layer)
+            and reach(_target(calls, index, images), classifier).reached
+        ):
+            return index
+    if not maps:
         raise NetworkError(
-            "the network has no layer with a spatial output [batch, channels, h, w] before a "
-            "linear or convolutional classifier; name a target layer"
+            "the network has no layer with a spatial output [batch, channels, h, w], or tokens of "
+            "one [batch, tokens, channels], before a linear or convolutional classifier; name a "
+            "target layer"
         )
-    return found
+    return maps[-1]
+
+
+def _is_map(call: _Call, images: Sequence[int]) -> bool:
+    return (
+        len(call.given) == 4
+        and call.given[0] == images[0]
+        and not isinstance(call.layer, _NOT_FEATURES)
+        and _cells(call.given, images) != (1, 1)
+    )
+
+
+def _normalises(layer: nn.Module) -> bool:
+    """By its name: every library has normalisations of its own."""
+    return any(word in type(layer).__name__.lower() for word in ("norm", "affine"))
 
 
 def _described(output: object) -> str:

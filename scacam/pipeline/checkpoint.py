@@ -1,24 +1,81 @@
-"""Ray Data's checkpoint of a run: which images are done while it is under way.
+"""The images of a run, from its manifest, and Ray Data's checkpoint of those that are done.
 
-It lies in `OUTPUT/.checkpoint/`, so that a role that may write nothing but the output suffices.
-Every worker loads this module with its context, so it must stay light.
+The checkpoint lies in `OUTPUT/.checkpoint/`, so that a role that may write nothing but the output
+suffices. Every worker loads this module with its context, so it must stay light.
 """
 
+from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import ray
+import ray.data
 from pyarrow import fs
+from ray.data.block import BlockMetadata
 from ray.data.checkpoint import CheckpointConfig
 from ray.data.checkpoint.checkpoint_filter import CheckpointManager
+from ray.data.datasource import Datasource, ReadTask
 
 from scacam.runs.lifecycle import ID, checkpoint_path
 from scacam.storage import join, locate, read_ahead
 from scacam.storage.parquet import read_columns
 
-__all__ = ["checkpoint"]
+__all__ = ["checkpoint", "images_of"]
 
 _PENDING = ".pending.parquet"
+_ROWS_AT_ONCE = 1 << 16
+
+
+def images_of(output: str, num_cpus: float) -> ray.data.Dataset:
+    """The rows of a run's manifest that its checkpoint does not have.
+
+    Args:
+        output: the run.
+        num_cpus: what each task reserves that reads them.
+    """
+    return ray.data.read_datasource(ManifestSource(output), num_cpus=num_cpus)
+
+
+class ManifestSource(Datasource):
+    """The manifest of a run, a task for each of its row groups.
+
+    Ray Data's own reader of Parquet lists files and footers in actors, and a job whose node is lost
+    with one of these does not survive it.
+    """
+
+    def __init__(self, output: str) -> None:
+        """Look at the manifest's footer."""
+        super().__init__()
+        self.output = output
+        filesystem, path = locate(join(output, "manifest.parquet"))
+        with filesystem.open_input_file(path) as file:
+            footer = pq.read_metadata(file)
+        self.groups = [footer.row_group(group) for group in range(footer.num_row_groups)]
+
+    def estimate_inmemory_data_size(self) -> int:
+        """As Ray asks for it, in bytes."""
+        return sum(group.total_byte_size for group in self.groups)
+
+    def get_read_tasks(self, parallelism: int, *_: Any, **__: Any) -> list[ReadTask]:
+        """As Ray asks for them, whatever it would like their number to be."""
+        return [
+            ReadTask(
+                partial(_read_group, self.output, index),
+                BlockMetadata(group.num_rows, group.total_byte_size, None, None),
+            )
+            for index, group in enumerate(self.groups)
+        ]
+
+
+def _read_group(output: str, group: int) -> Iterator[pa.Table]:
+    filesystem, path = locate(join(output, "manifest.parquet"))
+    with filesystem.open_input_file(path) as file:
+        manifest = pq.ParquetFile(file)
+        for batch in manifest.iter_batches(_ROWS_AT_ONCE, row_groups=[group]):
+            yield pa.Table.from_batches([batch])
 
 
 def checkpoint(output: str, manager: "type[Checkpoint] | None" = None) -> CheckpointConfig:

@@ -6,8 +6,10 @@ import logging
 import math
 import os
 import re
+import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -29,6 +31,7 @@ __all__ = [
     "cores",
     "divide",
     "keep_freed_memory",
+    "ray_starting",
     "root_cause",
     "rows_per_shard",
     "share",
@@ -38,6 +41,7 @@ __all__ = [
 _ACTORS_PER_GPU = 2
 _BLOCK_BYTES = 64_000_000
 _BLOCK_S = 60
+_BLOCK_MIN_S = 0.5
 _CORES_PER_GPU = 10
 """What any GPU is worth at least: the costs are measured on a core, where there may be no GPU."""
 _EMBEDDED_CPUS_MIN = 4
@@ -99,6 +103,26 @@ def start_ray() -> None:
         cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def ray_starting() -> Callable[[], None]:
+    """Start Ray while the job does something else: what is returned waits until it has started.
+
+    It takes seconds, and most of them go by in other processes.
+    """
+    started: Future[None] = Future()
+
+    def start() -> None:
+        try:
+            start_ray()
+        except BaseException as error:
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+            threading.Event().wait()  # Ray's processes end with the thread that started them
+
+    threading.Thread(target=start, daemon=True).start()
+    return started.result
 
 
 def await_nodes(gpus: int | None) -> int:
@@ -206,7 +230,8 @@ def rows_per_shard(
 ) -> int:
     """Images per shard, and per block on its way there.
 
-    Four shards per actor in a small run. In a large one a bounded number, of 64 MB and a minute of
+    Four shards per actor in a small run, if each is half a second of work: for less it does not
+    pay that another process starts. In a large one a bounded number, of 64 MB and a minute of
     work at most: so many blocks fit into the memory beside one another, no lost one costs much, and
     none takes as long as the watchdog waits for a sign of life.
 
@@ -222,7 +247,8 @@ def rows_per_shard(
         for cost, allotment in zip(costs, allotments, strict=True)
     )
     bounds = _SHARD_ROWS_MAX, _BLOCK_BYTES // image_bytes, int(_BLOCK_S / seconds)
-    return max(1, min(math.ceil(images / (4 * actors)), *bounds))
+    wanted = max(math.ceil(images / (4 * actors)), int(_BLOCK_MIN_S / seconds))
+    return max(1, min(images, wanted, *bounds))
 
 
 def share(network: "Network") -> "Callable[[], Network]":

@@ -1,5 +1,6 @@
 """The stream of the explain job: images through all stages, from the manifest to the shards."""
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from ray.data.checkpoint import CheckpointConfig
 
 from scacam.errors import RunError
 from scacam.methods import METHODS
-from scacam.pipeline.checkpoint import checkpoint
+from scacam.pipeline.checkpoint import checkpoint, images_of
 from scacam.pipeline.cluster import (
     TASK_CPUS,
     Allotment,
@@ -25,7 +26,7 @@ from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import bytes_per_image, sampling_of
 from scacam.pipeline.sink import ShardSink
-from scacam.storage import OUT_OF_REACH, absolute, join, locate
+from scacam.storage import OUT_OF_REACH, absolute
 from scacam.tables import explanations_folder
 
 if TYPE_CHECKING:
@@ -97,17 +98,17 @@ def explain(
     decode, pools, localize = stages(options, networks, tally)
     image_bytes = bytes_per_image(decode.samplings)
     rows = rows_per_shard(record["images"], image_bytes, costs, allotments)
+    blocks = math.ceil(record["images"] / rows)
 
     context = prepare(checkpoint(output))
-    filesystem, manifest_path = locate(join(output, "manifest.parquet"))
-    stream = ray.data.read_parquet(manifest_path, filesystem=filesystem, num_cpus=TASK_CPUS)
+    stream = images_of(output, TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
         stream = stream.map_batches(
             Explain,
             fn_constructor_kwargs=arguments | {"load": share(network)},
-            compute=ray.data.ActorPoolStrategy(size=allotment.actors),
+            compute=ray.data.ActorPoolStrategy(size=min(allotment.actors, blocks)),
             batch_size=rows,
             batch_format="pyarrow",
             num_cpus=allotment.num_cpus,

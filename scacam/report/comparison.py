@@ -6,20 +6,23 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from scacam.audit.maps import Ranking
+from scacam.audit.compare import Compared, pair_claimants, pair_networks
+from scacam.audit.maps import Ranking, judge
+from scacam.audit.shifts import MIN_IMAGES, Class, Shifts
 from scacam.report.gallery import Gallery
 from scacam.report.html import Picture, render
 from scacam.runs.results import Run
 
 __all__ = ["Summary"]
 
-_LISTED, _SHOWN, _CLASSES, _MIN_IMAGES = 24, 8, 15, 5
+_LISTED, _SHOWN, _CLASSES = 24, 8, 15
 _LIKENESS = ("moved", "rank_correlation", "box_iou")
+_NETWORKS, _CLAIMANTS = ("network_a", "network_b"), ("method", "layer_a", "layer_b")
 
 
 @dataclass
 class _Row:
-    """One pair of networks and one method."""
+    """One pair of networks, by one method of two layers."""
 
     images: int = 0
     changed: float = 0
@@ -39,18 +42,32 @@ class Summary:
 
     def __init__(self, first: Run, second: Run) -> None:
         self.runs = first, second
-        methods = [name for name in first.methods if name in second.methods]
-        self.method = "sca_cam" if "sca_cam" in methods else methods[0]
+        self.claimants = {
+            pair: {(one.method, one.layer, other.layer): (one, other) for one, other in claimants}
+            for pair in pair_networks(first, second)
+            if (claimants := pair_claimants(first, second, pair))
+        }
+        self.judges = {
+            pair: next(
+                (both for both in claimants.values() if both[0] == judge(first, pair[0])),
+                next(iter(claimants.values())),
+            )
+            for pair, claimants in self.claimants.items()
+        }
         self.rows: dict[tuple[str, str, str], _Row] = {}
-        self.classes: dict[tuple[str, int, str], np.ndarray] = {}
+        self.shifts = Shifts()
         self.changed, self.moved = Ranking(_LISTED), Ranking(_LISTED)
 
-    def add(self, table: pa.Table) -> None:
-        """Add images of one pair of networks and one method, with the columns of `COMPARISON`."""
+    def add(self, compared: Compared) -> None:
+        """Add images of one pair of networks and of claimants."""
+        table = compared.table
         if not len(table):
             return
-        key = tuple(table[name][0].as_py() for name in ("network_a", "network_b", "method"))
-        row = self.rows.setdefault(key, _Row())
+        networks, claimants = (
+            tuple(table[name][0].as_py() for name in names) for names in (_NETWORKS, _CLAIMANTS)
+        )
+        both = self.claimants[networks][claimants]
+        row = self.rows.setdefault((*networks, both[0].name), _Row())
         changed = table["changed"].cast(pa.float64()).to_numpy()  # NaN: not to be compared
         alike = np.stack([table[name].to_numpy() for name in _LIKENESS]).astype(np.float64)
         row.images += len(table)
@@ -61,17 +78,18 @@ class Summary:
         labelled = np.isfinite(labels) & np.isfinite(changed)
         right = [(table[f"class_id_{run}"].to_numpy() == labels)[labelled] for run in "ab"]
         np.add.at(row.outcomes, (right[0].astype(int), right[1].astype(int)), 1)
-        if key[2] == self.method:
+        if both == self.judges[networks]:
             self._rank(table, changed, alike[0])
+            ids, names = table["class_id_a"].to_pylist(), table["class_name_a"].to_pylist()
+            classes = [
+                Class(networks, both[0].method, *each) for each in zip(ids, names, strict=True)
+            ]
+            self.shifts.add(classes, 1 - changed, alike[0], compared.shares)
 
     def _rank(self, table: pa.Table, changed: np.ndarray, moved: np.ndarray) -> None:
         confidence = np.minimum(*(table[f"probability_{run}"].to_numpy() for run in "ab"))
         self.changed.add(np.where(changed == 1, confidence, np.nan), table)
         self.moved.add(np.where(changed == 0, moved, np.nan), table)
-        classes = table.select(["network_a", "class_id_a", "class_name_a"]).to_pylist()
-        for found, same, value in zip(classes, 1 - changed, moved.tolist(), strict=True):
-            sums = self.classes.setdefault(tuple(found.values()), np.zeros(3))
-            sums += (1, same, value if value == value else 0)
 
     def page(self) -> str:
         """The page, as HTML."""
@@ -82,20 +100,19 @@ class Summary:
                 gallery.want(entry[f"network_{run}"], [entry[f"image_id_{run}"]])
         for gallery in galleries:
             gallery.load()
-        classes = [
-            (network, name, int(count), same / count, moved / count)
-            for (network, _, name), (count, same, moved) in self.classes.items()
-            if count >= _MIN_IMAGES
-        ]
+        classes = self.shifts.table().to_pylist()
         return render(
             "comparison.html",
             {
                 "runs": self.runs,
-                "method": self.method,
+                "method": next(iter(self.judges.values()))[0].method,
+                "judges": {pair: one.name for pair, (one, _) in self.judges.items()},
                 "rows": self.rows,
                 "comparable": any(np.isfinite(row.changed) for row in self.rows.values()),
-                "classes": sorted(classes, key=lambda entry: -entry[4])[:_CLASSES],
-                "min_images": _MIN_IMAGES,
+                "classes": classes[:_CLASSES],
+                "tested": len(classes),
+                "elsewhere": [row["class_name"] for row in classes if row["elsewhere"]],
+                "min_images": MIN_IMAGES,
                 "changed": [self._pair(galleries, entry) for entry in shown[0]],
                 "moved": [self._pair(galleries, entry) for entry in shown[1]],
                 "changed_entries": self.changed.entries,
@@ -106,8 +123,9 @@ class Summary:
     def _pair(self, galleries: list[Gallery], entry: dict[str, Any]) -> list[Picture]:
         """One image as both runs see it."""
         pictures = []
-        for gallery, run in zip(galleries, "ab", strict=True):
-            row = gallery.top(entry[f"network_{run}"], entry[f"image_id_{run}"], self.method)
+        judges = self.judges[entry["network_a"], entry["network_b"]]
+        for gallery, run, claimant in zip(galleries, "ab", judges, strict=True):
+            row = gallery.top(entry[f"network_{run}"], entry[f"image_id_{run}"], claimant.name)
             lines = [f"{run.upper()}: {gallery.title(row)}", gallery.truth(row)]
             if not entry["changed"]:
                 lines.append(f"moved {entry['moved']:.0%}")

@@ -1,4 +1,7 @@
-"""The few explanations of a run that a page shows, and their pictures."""
+"""The few explanations of a run that a page shows, and their pictures.
+
+What has maps is called by its name in `scacam.runs.results.Claimant`.
+"""
 
 from collections.abc import Iterable, Sequence
 
@@ -39,24 +42,27 @@ class Gallery:
         """Read what was asked for."""
         for network, wanted in self._wanted.items():
             found = self.run.explanations(network, image_ids=sorted(wanted))
+            names = {(each.layer, each.method): each.name for each in self.run.claimants(network)}
             for batch in found.to_batches():
                 for row in batch.to_pylist():
+                    row["claimant"] = names[row["layer"], row["method"]]
                     self._rows.setdefault((network, row["image_id"]), []).append(row)
                     self._names[network, row["class_id"]] = row["class_name"]
 
-    def rows(self, network: str, image_id: int, method: str) -> list[Row]:
-        """The explanations of an image by a method: its classes by rank, the label last."""
-        rows = [row for row in self._rows.get((network, image_id), []) if row["method"] == method]
+    def rows(self, network: str, image_id: int, claimant: str) -> list[Row]:
+        """The explanations of an image by a claimant: its classes by rank, the label last."""
+        found = self._rows.get((network, image_id), [])
+        rows = [row for row in found if row["claimant"] == claimant]
         return sorted(rows, key=lambda row: row["rank"] or len(rows))
 
-    def tops(self, network: str, image_id: int, methods: Iterable[str]) -> list[Row]:
-        """The explanations of the top class of an image by several methods."""
-        rows = [row for method in methods for row in self.rows(network, image_id, method)]
+    def tops(self, network: str, image_id: int, claimants: Iterable[str]) -> list[Row]:
+        """The explanations of the top class of an image by several claimants."""
+        rows = [row for name in claimants for row in self.rows(network, image_id, name)]
         return [row for row in rows if row["rank"] == 1]
 
-    def top(self, network: str, image_id: int, method: str) -> Row:
-        """The explanation of the top class of an image by one method."""
-        return self.tops(network, image_id, [method])[0]
+    def top(self, network: str, image_id: int, claimant: str) -> Row:
+        """The explanation of the top class of an image by one claimant."""
+        return self.tops(network, image_id, [claimant])[0]
 
     def name(self, network: str, class_id: int) -> str:
         """The name of a class, as far as the explanations read say it."""
@@ -82,7 +88,7 @@ class Gallery:
     def overlay(self, row: Row, lines: Sequence[str] = (), maximum: float | None = None) -> Picture:
         """The heatmap of a row over its photo."""
         alt = (
-            f"{row['method']} of {row['network']} for {row['class_name']} over "
+            f"{row['claimant']} of {row['network']} for {row['class_name']} over "
             f"{basename(row['uri'])}"
         )
         picture = self.run.overlay(row, self._photo(row), maximum)

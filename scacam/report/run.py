@@ -16,7 +16,7 @@ from PIL import Image
 
 from scacam.audit.attention import BORDER_AREA, CORNER_AREA
 from scacam.audit.audit import MIN_IMAGES, Audit, ClassAudit, NetworkAudit, PairAudit, audit
-from scacam.audit.likeness import standard_ranks
+from scacam.audit.likeness import flattened, standard_ranks
 from scacam.drawing import colours
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
@@ -60,7 +60,7 @@ class _Content:
         self.spread = self._spread()
         self.examples = {network.network: self._examples(network) for network in self.networks}
         self.ends = {
-            network.network: best_and_worst(run, network.network, network.method, _ENDS)
+            network.network: best_and_worst(run, network.network, network.judge, _ENDS)
             for network in self.networks
         }
         for network in self.networks:
@@ -111,9 +111,10 @@ class _Content:
             wanted[network.largest.class_id] = _OF_CLASS
         rows = self.run.explanations(
             network.network,
-            network.method,
+            network.judge.method,
             ["image_id", "class_id", "probability"],
             (pc.field("rank") == 1) & pc.field("class_id").isin(pa.array(list(wanted), pa.int32())),
+            layer=network.judge.layer,
         )
         best: dict[int, list[tuple[float, int]]] = {class_id: [] for class_id in wanted}
         for batch in rows.to_batches():
@@ -182,9 +183,10 @@ class _Content:
         k = min(5, int(self.run.config["top_k"]))
         rows = self.run.explanations(
             network.network,
-            network.method,
+            network.judge.method,
             ["label", "class_id", "rank"],
             (pc.field("label") >= 0) & (pc.field("rank") <= k),
+            layer=network.judge.layer,
         )
         images = top_1 = top_k = 0
         for batch in rows.to_batches():
@@ -204,7 +206,7 @@ class _Content:
         cards = []
         for entry in shown:
             image_ids = self.examples[network.network][entry.class_id][:_PER_CLASS]
-            rows = [self.gallery.top(network.network, i, network.method) for i in image_ids]
+            rows = [self.gallery.top(network.network, i, network.judge.name) for i in image_ids]
             cards.append(
                 {
                     "audit": entry,
@@ -233,21 +235,26 @@ class _Content:
                         "network": network.network,
                         "said": self.gallery.title(found[0]),
                         "truth": self.gallery.truth(found[0]),
-                        "pictures": [self.gallery.overlay(row, [row["method"]]) for row in found],
+                        "pictures": [self.gallery.overlay(row, [row["claimant"]]) for row in found],
                     }
                 )
         return {"photo": photo, "panels": panels}
 
-    def _top_classes(self, network: NetworkAudit, image_id: int) -> list[Picture]:
-        """The maps of the top classes of one image, on one scale."""
-        rows = self.gallery.rows(network.network, image_id, network.method)
-        top = self._common_maximum(rows)
-        return [self.gallery.overlay(row, [self.gallery.title(row)], top) for row in rows]
+    def _top_classes(self, network: NetworkAudit, image_id: int) -> dict[str, list[Picture]]:
+        """The top classes of one image, each claimant on one scale: the judge, and extent_cam."""
+        found = {}
+        for claimant in dict.fromkeys((network.judge.name, "extent_cam")):
+            rows = self.gallery.rows(network.network, image_id, claimant)
+            top = self._common_maximum(rows)
+            pictures = [self.gallery.overlay(row, [self.gallery.title(row)], top) for row in rows]
+            if pictures:
+                found[claimant] = pictures
+        return found
 
     def _images_of_class(self, network: NetworkAudit, shown: ClassAudit) -> list[Picture]:
         """Many images of one class, on one scale."""
         image_ids = self.examples[network.network][shown.class_id]
-        rows = [self.gallery.top(network.network, i, network.method) for i in image_ids]
+        rows = [self.gallery.top(network.network, i, network.judge.name) for i in image_ids]
         top = self._common_maximum(rows)
         return [self._example(row, top) for row in rows]
 
@@ -256,7 +263,7 @@ class _Content:
 
     def _ranked(self, network: NetworkAudit, entry: dict[str, Any]) -> Picture:
         """An image most likely right for the wrong reason."""
-        row = self.gallery.top(network.network, entry["image_id"], network.method)
+        row = self.gallery.top(network.network, entry["image_id"], network.judge.name)
         if np.isfinite(entry["outside"]):
             why = f"{_density(entry['outside'])} off the object as on it"
         else:
@@ -267,7 +274,7 @@ class _Content:
         """Images by how well the map of the labelled class finds the object."""
         pictures = []
         for entry in entries:
-            for row in self.gallery.rows(network.network, entry["image_id"], network.method):
+            for row in self.gallery.rows(network.network, entry["image_id"], network.judge.name):
                 if row["class_id"] == entry["class_id"]:
                     lines = [row["class_name"], f"best overlap {entry['iou_any']:.0%}"]
                     pictures.append(self.gallery.overlay(row, lines))
@@ -276,12 +283,14 @@ class _Content:
     def _disputed(self, network: NetworkAudit, entry: dict[str, Any]) -> list[Picture]:
         """The two methods that agree least about an image."""
         rows = self.gallery.tops(network.network, entry["image_id"], network.methods)
-        flat = standard_ranks(np.stack([self.run.heatmap(row).ravel() for row in rows]))
+        maps = [self.run.heatmap(row) for row in rows]
+        finest = max((heatmap.shape for heatmap in maps), key=np.prod)
+        flat = standard_ranks(np.concatenate([flattened(m[None], finest) for m in maps]))
         alike = np.nan_to_num(flat @ flat.T, nan=1.0)
         pair = min(combinations(range(len(rows)), 2), key=lambda pair: alike[pair])
         return [
             self.gallery.overlay(
-                rows[index], [rows[index]["method"], f"rank correlation {alike[pair]:.2f}"]
+                rows[index], [rows[index]["claimant"], f"rank correlation {alike[pair]:.2f}"]
             )
             for index in pair
         ]
@@ -290,7 +299,10 @@ class _Content:
         """Two networks: how alike they look at the same images."""
         pictures = []
         for entry in pair.apart[:_PAIRS]:
-            rows = [self.gallery.top(n, entry["image_id"], pair.method) for n in pair.networks]
+            rows = [
+                self.gallery.top(name, entry["image_id"], self.found.networks[name].judge.name)
+                for name in pair.networks
+            ]
             pictures.append(
                 [
                     self.gallery.overlay(

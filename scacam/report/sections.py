@@ -13,9 +13,10 @@ from scacam.audit.maps import Ranking
 from scacam.evaluation.intervals import Row, compared
 from scacam.evaluation.metrics import headline, titles
 from scacam.evaluation.sweep import RIGHT_IOU
+from scacam.evaluation.tables import named
 from scacam.evaluation.truth import TrueBoxes
 from scacam.report.charts import lines
-from scacam.runs.results import Run
+from scacam.runs.results import Claimant, Run
 
 __all__ = ["best_and_worst", "class_activation_weights", "localization", "true_boxes"]
 
@@ -39,7 +40,8 @@ def localization(run: Run) -> list[dict[str, Any]]:
         return []
     sections = []
     for network, rows in groupby(dataset.to_table().to_pylist(), key=lambda row: row["network"]):
-        of_network = list(rows)
+        found = list(rows)
+        of_network = named(found, found)
         names = {row["metric"] for row in of_network}
         shown = titles(names)
         sections.append(
@@ -49,14 +51,14 @@ def localization(run: Run) -> list[dict[str, Any]]:
                 "metrics": shown,
                 "methods": list(dict.fromkeys(row["method"] for row in of_network)),
                 "cells": {(row["method"], row["metric"]): row for row in of_network},
-                "chart": _curves(run, network, headline(names)),
-                "differences": _differences(run, network, of_network, shown),
+                "chart": _curves(run, network, headline(names), found),
+                "differences": _differences(run, network, found, shown),
             }
         )
     return sections
 
 
-def _curves(run: Run, network: str, metric: str | None) -> Markup | None:
+def _curves(run: Run, network: str, metric: str | None, measured: list[Row]) -> Markup | None:
     """Accuracy over the threshold, a curve per method; methods with the same curve share it."""
     dataset = run.metrics("localization_curves")
     if dataset is None:
@@ -64,9 +66,11 @@ def _curves(run: Run, network: str, metric: str | None) -> Markup | None:
     where = (pc.field("network") == network) & (pc.field("iou") == RIGHT_IOU)
     where = where & (pc.field("metric") == metric)
     table = dataset.to_table(filter=where).sort_by("threshold")
+    accuracies: dict[str, list[float]] = {}
+    for row in named(measured, table.to_pylist()):
+        accuracies.setdefault(row["method"], []).append(row["accuracy"])
     series: dict[tuple[float, ...], list[str]] = {}
-    for method in pc.unique(table["method"]).to_pylist():
-        accuracy = table.filter(pc.field("method") == method)["accuracy"].to_pylist()
+    for method, accuracy in accuracies.items():
         series.setdefault(tuple(accuracy), []).append(method)
     if not series:
         return None
@@ -88,7 +92,8 @@ def _differences(
     dataset = run.metrics("differences")
     if dataset is None:
         return None
-    found = compared(rows, dataset.to_table(filter=pc.field("network") == network).to_pylist())
+    pairs = dataset.to_table(filter=pc.field("network") == network).to_pylist()
+    found = compared(named(rows, rows), named(rows, pairs))
     if found is None:
         return None
     return {"metric": shown[found.metric], "best": found.best, "others": found.others}
@@ -159,14 +164,16 @@ def _weight_charts(network: str, rows: list[dict[str, Any]]) -> list[tuple[str, 
 
 
 def best_and_worst(
-    run: Run, network: str, method: str, size: int
+    run: Run, network: str, claimant: Claimant, size: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The images that a method localizes best and worst, by the overlap of its best box."""
+    """The images that a claimant localizes best and worst, by the overlap of its best box."""
     dataset = run.metrics(f"localization_images/network={network}")
     best, worst = Ranking(size), Ranking(size)
     if dataset is not None:
         columns = ["image_id", "uri", "class_id", "iou_any", "energy"]
-        where = pc.field("method") == method
+        where = pc.field("method") == claimant.method
+        if "layer" in dataset.schema.names:  # it was not when networks had one layer
+            where = where & (pc.field("layer") == claimant.layer)
         for batch in dataset.to_batches(columns=columns, filter=where):
             table = pa.Table.from_batches([batch])
             overlap = table["iou_any"].to_numpy()

@@ -4,7 +4,6 @@ Needs neither torch nor Ray, works on local folders and object storage, and neve
 that a file holds.
 """
 
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -24,7 +23,7 @@ from scacam.localization import interpolation
 from scacam.runs.record import layers_of, read_record
 from scacam.runs.shards import Shards, shards_of
 from scacam.storage import absolute, join, locate, uri_of
-from scacam.tables import ERRORS, unpack_heatmaps
+from scacam.tables import ERRORS, claimant_names, unpack_heatmaps
 
 __all__ = ["Claimant", "Row", "Run", "open_run"]
 
@@ -88,14 +87,13 @@ class Run:
         """What has maps of a network, layer by layer, in the order of `run.json`."""
         self._check_known("network", network, self.networks)
         layers = self.networks[network]["layers"]
-        several = Counter(name for described in layers.values() for name in described["methods"])
+        names = claimant_names(
+            (layer, method)
+            for layer, described in layers.items()
+            for method in described["methods"]
+        )
         return [
-            Claimant(
-                method,
-                layer,
-                method if several[method] == 1 else f"{method} ({layer})",
-                tuple(described["map_shape"]),
-            )
+            Claimant(method, layer, names[layer, method], tuple(described["map_shape"]))
             for layer, described in layers.items()
             for method in described["methods"]
         ]
@@ -163,18 +161,21 @@ class Run:
         if layer is not None:
             of_known = [name for described in known.values() for name in described["layers"]]
             self._check_known("layer", layer, of_known)
-        layers = [
-            (name, each)
+        layers = {
+            (name, each): maps["methods"]
             for name, described in known.items()
             for each, maps in described["layers"].items()
-            if layer in (None, each) and (method is None or method in maps["methods"])
-        ] or [(name, each) for name, described in known.items() for each in described["layers"]]
+            if layer in (None, each)
+        }
+        having = [each for each, methods in layers.items() if method is None or method in methods]
         if network is None and "heatmap" in (columns or ()):
             raise RunError("networks differ in the size of heatmaps: read one at a time")
         ids = None if image_ids is None else np.unique(np.asarray(image_ids, dtype=np.int64))
         if ids is not None:
             condition = condition & _among(ids)
-        explanations = self._shards.dataset(layers, ids, heatmaps=network is not None)
+        explanations = self._shards.dataset(
+            having or list(layers), ids, heatmaps=network is not None
+        )
         names = explanations.schema.names
         for name in columns or ():
             self._check_known("column", name, names)
