@@ -16,12 +16,14 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import torch
+from made_runs import evaluate
 
 import scacam
 from scacam.images import see
 from scacam.jobs import explain, faithfulness
 from scacam.jobs.command import run_job
-from scacam.trials.metrics import BASELINES, METRICS
+from scacam.report.run import report
+from scacam.trials.metrics import BASELINES, CURVES, METRICS
 from scacam.trials.tables import (
     FAITHFULNESS,
     FAITHFULNESS_CURVES,
@@ -195,6 +197,24 @@ def test_a_dry_run_only_tells(finished, tmp_path, capfd):
     assert f"try {NETWORK}" in said
     assert "cost: about" in said
     assert not (other / "metrics").exists()
+
+
+def test_the_report_says_it(finished, tried, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    evaluate(out)  # made up, of Grad-CAM and SCA-CAM
+    page = report(scacam.open_run(str(out)))
+    assert '<section id="faithfulness">' in page
+    assert "<li>maps hardly change from one class to another: feature_map</li>" in page
+    assert "insertion ↑" in page
+    assert "deletion ↓" in page
+    assert f"insertion over MaxBoxAccV2 of the methods of {NETWORK}" in page
+    for done in CURVES.values():
+        assert done in page
+    assert "the least faithful" in page
+    assert "constant_map" in page
+    shutil.rmtree(out / "metrics")
+    assert 'id="faithfulness"' not in report(scacam.open_run(str(out)))
 
 
 @pytest.mark.long
