@@ -3,7 +3,7 @@
 import io
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,7 +19,7 @@ from scacam.pipeline.cluster import keep_freed_memory
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
-from scacam.tables import explanations, explanations_folder
+from scacam.pipeline.sink import Unfolding
 
 __all__ = ["Estimate", "estimate"]
 
@@ -107,6 +107,7 @@ def estimate(
     decode: Decode,
     explain: Sequence[dict[str, Any]],
     localize: Localize,
+    tables: Mapping[str, Unfolding],
 ) -> Estimate:
     """Send a sample of the images through the stages, in this process.
 
@@ -116,6 +117,7 @@ def estimate(
         decode: the first stage.
         explain: by network, the arguments of its stage.
         localize: the last stage.
+        tables: by folder, what is stored.
 
     Raises:
         RunError: none of the sampled images can be explained.
@@ -127,22 +129,19 @@ def estimate(
     batch = manifest.take(rows)
     feeding: dict[str, float] = {}
     explaining: dict[str, float] = {}
-    map_shapes: dict[str, tuple[int, int]] = {}
 
     batch, feeding["decode"] = _timed(decode, batch)
     for network, arguments in zip(networks, explain, strict=True):
         stage = Explain(**arguments)
         stage(batch)  # the first pass pays for allocations
         batch, explaining[network.name] = _timed(stage, batch)
-        for layer in stage.explainer.layers:
-            map_shapes[explanations_folder(network.name, layer)] = network.map_shape(layer)
     batch, feeding["localize"] = _timed(localize, batch)
     good = batch.filter(pc.is_null(batch["error"]))
     if not len(good):
         first = f"{batch['uri'][0]}: {batch['message'][0]}"
         raise RunError(f"none of {len(batch)} sampled images can be explained; the first, {first}")
     share = len(good) / len(batch)
-    output = sum(_stored(good, *layer) for layer in map_shapes.items()) / len(batch)
+    output = sum(_stored(good, *table) for table in tables.items()) / len(batch)
     return Estimate(
         images=len(manifest),
         failed=1 - share,
@@ -163,10 +162,9 @@ def _timed(stage: Callable[[pa.Table], pa.Table], batch: pa.Table) -> tuple[pa.T
     return after, (time.perf_counter() - began) / len(batch)
 
 
-def _stored(batch: pa.Table, folder: str, map_shape: tuple[int, int]) -> int:
-    lists = batch[folder].combine_chunks()
+def _stored(batch: pa.Table, folder: str, unfolded: Unfolding) -> int:
     buffer = io.BytesIO()
-    rows = explanations(batch, lists, map_shape)
+    rows = unfolded(batch, batch[folder].combine_chunks())
     pyarrow.parquet.write_table(rows, buffer, compression="zstd")
     return buffer.tell()
 

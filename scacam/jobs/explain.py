@@ -35,12 +35,13 @@ from scacam.jobs.options import (
 from scacam.methods import METHODS
 from scacam.networks import Network
 from scacam.pipeline.cluster import allot, await_nodes, start_ray
-from scacam.pipeline.stream import explain, speed, stages
+from scacam.pipeline.stream import explain, speed, stages, tables
 from scacam.runs import lifecycle
-from scacam.runs.describe import describe_network, describe_run
+from scacam.runs.describe import class_weights, describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output
 from scacam.runs.lock import locked
 from scacam.runs.proof import prove
+from scacam.storage.parquet import write_table
 
 logger = logging.getLogger("scacam")
 
@@ -66,6 +67,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, metavar="K", help="classes per image (default: 5)")
     parser.add_argument(
         "--explain-label", action="store_true", help="explain the labelled class as well"
+    )
+    parser.add_argument(
+        "--embeddings", action="store_true", help="store each image's pooled features as well"
     )
     parser.add_argument(
         "--view",
@@ -169,6 +173,7 @@ def run(
     methods: Sequence[str] = tuple(METHODS),
     top_k: int = 5,
     explain_label: bool = False,
+    embeddings: bool = False,
     view: ViewName = "center_crop",
     bfloat16: bool = False,
     batch_size: int | None = None,
@@ -222,12 +227,14 @@ def explain_all(
 ) -> tuple[dict[str, Any], list[str]]:
     """Explain what is not explained yet, and prove the run; its record, and what was done."""
     started = time.monotonic()
+    for network in networks:
+        write_table(*class_weights(options.output, network))
     start_ray()
     gpus = await_nodes(options.gpus)
     costs = [seconds_per_image(network) for network in networks]
     allotments = allot(costs, gpus)
     counts = explain(options, record, networks, costs, allotments)
-    proof = prove(options.output, record["networks"], images)
+    proof = prove(options.output, record["networks"], images, record["embeddings"])
     seconds = time.monotonic() - started
     record |= {
         "status": "complete",
@@ -291,6 +298,7 @@ def describe(
         "networks": [describe_network(network, options.methods) for network in networks],
         "top_k": options.top_k,
         "explain_label": options.explain_label,
+        "embeddings": options.embeddings,
         "view": options.view,
         "bfloat16": options.bfloat16,
     }
@@ -301,5 +309,6 @@ def plan(options: SimpleNamespace, manifest: Manifest, networks: Sequence[Networ
     decode, pools, localize = stages(options, networks, None)
     for network, arguments in zip(networks, pools, strict=True):
         arguments["load"] = partial(lambda network: network, network)
-    found = estimate(manifest.table, networks, decode, pools, localize)
+    stored = tables(options, networks)
+    found = estimate(manifest.table, networks, decode, pools, localize, stored)
     return Plan([network.name for network in networks], found, options.price_per_hour)

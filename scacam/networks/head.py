@@ -80,6 +80,16 @@ class Head:
         assert isinstance(weight, Tensor)
         return both_classes(weight.detach().flatten(1).T).T
 
+    def class_biases(self, module: nn.Module) -> Tensor | None:
+        """What the classifier adds to each logit `[classes]`, or None without class weights."""
+        weights = self.class_weights(module)
+        if weights is None or self.classifier is None:
+            return None
+        bias = module.get_submodule(self.classifier).bias
+        if not isinstance(bias, Tensor):
+            return weights.new_zeros(len(weights))
+        return both_classes(bias.detach()[None])[0]
+
     def gradients(self, module: nn.Module, features: Tensor, class_ids: Tensor) -> Gradients:
         """Gradients of the logits of some classes with respect to the features (Equation 4).
 

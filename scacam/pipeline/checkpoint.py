@@ -22,6 +22,7 @@ from ray.data.datasource import Datasource, ReadTask
 from scacam.runs.lifecycle import ID, checkpoint_path
 from scacam.storage import join, locate, read_ahead
 from scacam.storage.parquet import read_columns
+from scacam.tables import SHARDED
 
 __all__ = ["checkpoint", "images_of"]
 
@@ -127,7 +128,7 @@ class Checkpoint(CheckpointManager):
         """
         whole = {_name(path) for path in done}
         cut_off = {_name(path).replace(_PENDING, ".parquet") for path in pending} - whole
-        for folder in ("explanations", "errors") if cut_off else ():
+        for folder in SHARDED if cut_off else ():
             selector = fs.FileSelector(join(output, folder), allow_not_found=True, recursive=True)
             for info in self.filesystem.get_file_info(selector):
                 if info.is_file and info.base_name in cut_off:

@@ -45,7 +45,8 @@ class Localize:
                 continue
             rows = _located(rows, input_size, self.rectified)
             structs = rows.cast(EXPLANATION).to_struct_array().chunks
-            column = list_column(structs, lists.value_lengths().to_numpy())
+            lengths = lists.value_lengths().to_numpy()
+            column = list_column(structs, lengths, pa.struct(EXPLANATION))
             batch = batch.set_column(batch.schema.get_field_index(name), name, column)
         return batch
 

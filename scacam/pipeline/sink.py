@@ -1,7 +1,7 @@
 """The end of the stream: images unfold into shards of explanations, failures into errors."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -16,15 +16,19 @@ from scacam.errors import RunError
 from scacam.pipeline.progress import taken_up
 from scacam.storage import join, locate, patiently
 from scacam.storage.parquet import write_table
-from scacam.tables import ERRORS, explanations
+from scacam.tables import ERRORS
 
-__all__ = ["ShardSink"]
+__all__ = ["ShardSink", "Unfolding"]
+
+Unfolding = Callable[[pa.Table, pa.ListArray], pa.Table]
+"""From images, and for each of them a list, to the rows that are stored."""
 
 _ENOUGH_TO_JUDGE = 100
+_PLAIN = ("heatmap", "channel_contributions", "embedding")
 
 
 class ShardSink(BlockBasedFileDatasink):
-    """Writes one shard per task, network and layer, and one of errors if there are any.
+    """Writes one shard per task and folder, and one of errors if there are any.
 
     Every file is named after its task: a task that runs again overwrites its own files, and Ray
     Data's checkpoint finds the files of a task that was cut off.
@@ -33,7 +37,7 @@ class ShardSink(BlockBasedFileDatasink):
     def __init__(
         self,
         output: str,
-        map_shapes: dict[str, tuple[int, int]],
+        tables: Mapping[str, Unfolding],
         tally: Any,
         max_error_rate: float,
         explained_before: int = 0,
@@ -42,7 +46,7 @@ class ShardSink(BlockBasedFileDatasink):
 
         Args:
             output: the run's folder or prefix.
-            map_shapes: height and width of the heatmaps, by the folder of explanations.
+            tables: by folder, which is the name of a column as well, what is stored of its lists.
             tally: the `progress.Tally` actor.
             max_error_rate: the share of errors among the images so far above which to give up.
             explained_before: images explained before, of a run whose errors are tried again.
@@ -50,7 +54,7 @@ class ShardSink(BlockBasedFileDatasink):
         filesystem, path = locate(output)
         super().__init__(path, filesystem=filesystem, file_format="parquet", try_create_dir=False)
         self.output = output
-        self.map_shapes = map_shapes
+        self.tables = tables
         self.tally = tally
         self.max_error_rate = max_error_rate
         self.explained_before = explained_before
@@ -74,9 +78,9 @@ class ShardSink(BlockBasedFileDatasink):
             explained = images.filter(pc.is_null(images["error"]))
             errors = failed.select(ERRORS.names).cast(ERRORS)
             patiently(partial(self._write_shard, "errors", name, errors))
-            for folder, shape in self.map_shapes.items():
+            for folder, unfolded in self.tables.items():
                 lists = explained[folder].combine_chunks()
-                rows = explanations(explained, lists, shape) if len(explained) else explained
+                rows = unfolded(explained, lists) if len(explained) else explained
                 patiently(partial(self._write_shard, folder, name, rows))
         self._judge(len(images), errors)
 
@@ -100,7 +104,7 @@ class ShardSink(BlockBasedFileDatasink):
     def _write_shard(self, folder: str, name: str, rows: pa.Table) -> None:
         path = join(self.output, folder, name)
         if len(rows):
-            write_table(path, rows, plain=["heatmap"])
+            write_table(path, rows, plain=_PLAIN)
         else:  # an earlier attempt of this task may have had such rows
             filesystem, inner_path = locate(path)
             with suppress(FileNotFoundError):

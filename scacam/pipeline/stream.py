@@ -1,6 +1,7 @@
 """The stream of the explain job: images through all stages, from the manifest to the shards."""
 
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +18,21 @@ from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import bytes_per_image, sampling_of
 from scacam.pipeline.share import share
-from scacam.pipeline.sink import ShardSink
+from scacam.pipeline.sink import ShardSink, Unfolding
 from scacam.storage import OUT_OF_REACH, absolute
-from scacam.tables import explanations_folder
+from scacam.tables import (
+    embeddings,
+    embeddings_folder,
+    explanations,
+    explanations_folder,
+    predictions,
+    predictions_folder,
+)
 
 if TYPE_CHECKING:
     from scacam.networks import Network
 
-__all__ = ["explain", "speed", "stages"]
+__all__ = ["explain", "speed", "stages", "tables"]
 
 _STALLED_S = 900
 
@@ -40,6 +48,7 @@ def stages(
             "methods": options.methods,
             "top_k": options.top_k,
             "explain_label": options.explain_label,
+            "embeddings": options.embeddings,
             "sampling": sampling,
             "bfloat16": options.bfloat16,
             "last_use": sampling not in uses[index + 1 :],
@@ -59,6 +68,19 @@ def stages(
         tally=tally,
     )
     return Decode(samplings, options.view, tally), pools, localize
+
+
+def tables(options: SimpleNamespace, networks: Sequence["Network"]) -> dict[str, Unfolding]:
+    """What is stored: by folder, how what the stages leave becomes its rows."""
+    found: dict[str, Unfolding] = {}
+    for network in networks:
+        for layer in network.methods_by_layer(options.methods):
+            shape = network.map_shape(layer)
+            found[explanations_folder(network.name, layer)] = partial(explanations, shape=shape)
+        found[predictions_folder(network.name)] = predictions
+        if options.embeddings:
+            found[embeddings_folder(network.name)] = embeddings
+    return found
 
 
 def explain(
@@ -105,11 +127,7 @@ def explain(
     )
     sink = ShardSink(
         output,
-        {
-            explanations_folder(network.name, layer): network.map_shape(layer)
-            for network in networks
-            for layer in network.methods_by_layer(options.methods)
-        },
+        tables(options, networks),
         tally,
         options.max_error_rate,
         record.get("explained", 0),  # by a complete run, whose errors are tried again

@@ -18,6 +18,7 @@ _FINGERPRINT = (
     "methods",
     "top_k",
     "explain_label",
+    "embeddings",
     "view",
     "bfloat16",
     "box_threshold",
