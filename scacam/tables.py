@@ -6,7 +6,7 @@ Plain Arrow types only, so that any Parquet reader opens a shard without scacam.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -33,6 +33,7 @@ __all__ = [
     "predictions",
     "predictions_folder",
     "stacked",
+    "unfolded",
     "unpack_heatmaps",
 ]
 
@@ -224,6 +225,20 @@ def embeddings(images: pa.Table, lists: pa.ListArray) -> pa.Table:
     values = lists.flatten()
     vectors = pa.FixedSizeListArray.from_arrays(values, len(values) // len(images))
     return images.select(_OF_IMAGE).append_column("embedding", vectors)
+
+
+def unfolded(images: pa.Table, folder: str, map_shapes: Mapping[str, tuple[int, int]]) -> pa.Table:
+    """The rows of images that belong into a folder, from the column of that name.
+
+    Args:
+        images: at least one.
+        folder: of explanations, predictions or embeddings.
+        map_shapes: height and width of the heatmaps, by the folders of explanations.
+    """
+    lists = images[folder].combine_chunks()
+    if folder in map_shapes:
+        return explanations(images, lists, map_shapes[folder])
+    return (embeddings if folder.startswith("embeddings/") else predictions)(images, lists)
 
 
 def explanations(images: pa.Table, lists: pa.ListArray, shape: tuple[int, int]) -> pa.Table:

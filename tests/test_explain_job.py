@@ -27,7 +27,6 @@ from scacam.pipeline.checkpoint import checkpoint
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.sink import ShardSink
-from scacam.tables import explanations
 
 main = partial(run_job, "explain")
 
@@ -237,7 +236,7 @@ def test_only_the_workers_of_networks_load_torch(tmp_path):
         checkpoint(output),
         Decode([Preprocessing()], "center_crop", None),
         Localize({"explanations": (224, 224)}, ["grad_cam"], None),
-        ShardSink(output, {"explanations": partial(explanations, shape=(7, 7))}, None, 1.0),
+        ShardSink(output, {"explanations": (7, 7)}, None, 1.0),
     )
     program = "import pickle, sys; pickle.load(sys.stdin.buffer); print('torch' in sys.modules)"
     receiver = subprocess.run(

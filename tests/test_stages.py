@@ -2,7 +2,6 @@
 
 import shutil
 import threading
-from functools import partial
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -24,13 +23,7 @@ from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import start_tally
 from scacam.pipeline.sink import ShardSink
 from scacam.storage.s3 import open_bucket
-from scacam.tables import (
-    EXPLANATION,
-    MANIFEST,
-    explanations,
-    explanations_folder,
-    pack_heatmaps,
-)
+from scacam.tables import EXPLANATION, MANIFEST, explanations_folder, pack_heatmaps
 
 SMALL = Preprocessing((32, 32), 32)
 
@@ -131,8 +124,7 @@ def test_a_map_that_raises_costs_its_image_alone(tmp_path):
     assert first == peaks[others, 0].tolist()
 
     start_ray()
-    tables = {ONE: partial(explanations, shape=(4, 4)), TWO: partial(explanations, shape=(3, 3))}
-    sink = ShardSink(str(tmp_path), tables, start_tally(), 1.0)
+    sink = ShardSink(str(tmp_path), {ONE: (4, 4), TWO: (3, 3)}, start_tally(), 1.0)
     sink.write([found], SimpleNamespace(kwargs={"write_uuid": "task"}, task_idx=0))
     for folder in maps:
         rows = ds.dataset(tmp_path / folder).to_table()

@@ -26,12 +26,18 @@ from scacam.jobs.options import (
     refuse_below_one,
     seconds_per_image,
 )
-from scacam.pipeline.cluster import TASK_CPUS, allot, await_nodes, rows_per_shard, start_ray
+from scacam.pipeline.cluster import (
+    TASK_CPUS,
+    allot,
+    await_nodes,
+    rows_per_shard,
+    share,
+    start_ray,
+)
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
-from scacam.pipeline.share import share
 from scacam.runs.lock import locked
 from scacam.storage import join
 from scacam.storage.parquet import write_table

@@ -3,7 +3,7 @@
 import io
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,9 +19,9 @@ from scacam.pipeline.cluster import keep_freed_memory
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
-from scacam.pipeline.sink import Unfolding
+from scacam.tables import explanations_folder, unfolded
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "timed"]
 
 _SAMPLE_ON_CPU, _SAMPLE_ON_GPU = 16, 256
 
@@ -37,6 +37,7 @@ class Estimate(NamedTuple):
         explaining: seconds per image, by network; of a GPU where there is one, else of a core.
         sampled: how many images were timed.
         cores, gpus: of this machine.
+        verb: what networks do with images.
     """
 
     images: int
@@ -48,6 +49,7 @@ class Estimate(NamedTuple):
     sampled: int
     cores: int
     gpus: int
+    verb: str = "explain"
 
     @property
     def fed(self) -> float:
@@ -68,7 +70,7 @@ class Estimate(NamedTuple):
     def told(self, price_per_hour: float | None) -> str:
         """In words, with the cost if the price of this machine per hour is known."""
         machine = f"{self.cores} cores" + (f" and {self.gpus} GPUs" if self.gpus else "")
-        stages = self.feeding | {f"explain {name}": t for name, t in self.explaining.items()}
+        stages = self.feeding | {f"{self.verb} {name}": t for name, t in self.explaining.items()}
         lines = [
             f"images: {self.images:,}, about {_bytes(self.input_bytes)} to read",
             f"output: about {_bytes(self.output_bytes)}, "
@@ -107,7 +109,6 @@ def estimate(
     decode: Decode,
     explain: Sequence[dict[str, Any]],
     localize: Localize,
-    tables: Mapping[str, Unfolding],
 ) -> Estimate:
     """Send a sample of the images through the stages, in this process.
 
@@ -117,7 +118,6 @@ def estimate(
         decode: the first stage.
         explain: by network, the arguments of its stage.
         localize: the last stage.
-        tables: by folder, what is stored.
 
     Raises:
         RunError: none of the sampled images can be explained.
@@ -129,19 +129,24 @@ def estimate(
     batch = manifest.take(rows)
     feeding: dict[str, float] = {}
     explaining: dict[str, float] = {}
+    map_shapes: dict[str, tuple[int, int]] = {}
+    folders: list[str] = []
 
-    batch, feeding["decode"] = _timed(decode, batch)
+    batch, feeding["decode"] = timed(decode, batch)
     for network, arguments in zip(networks, explain, strict=True):
         stage = Explain(**arguments)
         stage(batch)  # the first pass pays for allocations
-        batch, explaining[network.name] = _timed(stage, batch)
-    batch, feeding["localize"] = _timed(localize, batch)
+        batch, explaining[network.name] = timed(stage, batch)
+        for layer in stage.explainer.layers:
+            map_shapes[explanations_folder(network.name, layer)] = network.map_shape(layer)
+        folders += stage.columns
+    batch, feeding["localize"] = timed(localize, batch)
     good = batch.filter(pc.is_null(batch["error"]))
     if not len(good):
         first = f"{batch['uri'][0]}: {batch['message'][0]}"
         raise RunError(f"none of {len(batch)} sampled images can be explained; the first, {first}")
     share = len(good) / len(batch)
-    output = sum(_stored(good, *table) for table in tables.items()) / len(batch)
+    output = sum(_stored(unfolded(good, folder, map_shapes)) for folder in folders) / len(batch)
     return Estimate(
         images=len(manifest),
         failed=1 - share,
@@ -155,16 +160,15 @@ def estimate(
     )
 
 
-def _timed(stage: Callable[[pa.Table], pa.Table], batch: pa.Table) -> tuple[pa.Table, float]:
+def timed(stage: Callable[[pa.Table], pa.Table], batch: pa.Table) -> tuple[pa.Table, float]:
     """What a stage makes of a batch, and its seconds per image."""
     began = time.perf_counter()
     after = stage(batch)
     return after, (time.perf_counter() - began) / len(batch)
 
 
-def _stored(batch: pa.Table, folder: str, unfolded: Unfolding) -> int:
+def _stored(rows: pa.Table) -> int:
     buffer = io.BytesIO()
-    rows = unfolded(batch, batch[folder].combine_chunks())
     pyarrow.parquet.write_table(rows, buffer, compression="zstd")
     return buffer.tell()
 

@@ -34,8 +34,8 @@ from scacam.jobs.options import (
 )
 from scacam.methods import METHODS
 from scacam.networks import Network
-from scacam.pipeline.cluster import allot, await_nodes, start_ray
-from scacam.pipeline.stream import explain, speed, stages, tables
+from scacam.pipeline.cluster import allot, await_nodes, ray_starting, start_ray
+from scacam.pipeline.stream import explain, speed, stages
 from scacam.runs import lifecycle
 from scacam.runs.describe import class_weights, describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output
@@ -202,6 +202,7 @@ def run(
     manifest = lifecycle.listed_before(output, asked(options)) or read_manifest(
         input, limit, image_column, label_column
     )
+    wait_for_ray = start_ray if dry_run else ray_starting()
     loaded = load_networks(networks, target_layer, categories, output_kind, finer_layer)
     manifest = resolve_labels(manifest, {network.name: network.categories for network in loaded})
     check_networks(options, loaded, manifest)
@@ -217,6 +218,7 @@ def run(
         if record["status"] != "complete":
             images = len(manifest.table)
             del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
+            wait_for_ray()
             record, told = explain_all(options, record, images, loaded)
     counts = record["images"], record["explained"], record["errors"]
     return Result(output, *counts, max_error_rate, [*left_out, *told])
@@ -229,7 +231,6 @@ def explain_all(
     started = time.monotonic()
     for network in networks:
         write_table(*class_weights(options.output, network))
-    start_ray()
     gpus = await_nodes(options.gpus)
     costs = [seconds_per_image(network) for network in networks]
     allotments = allot(costs, gpus)
@@ -309,6 +310,5 @@ def plan(options: SimpleNamespace, manifest: Manifest, networks: Sequence[Networ
     decode, pools, localize = stages(options, networks, None)
     for network, arguments in zip(networks, pools, strict=True):
         arguments["load"] = partial(lambda network: network, network)
-    stored = tables(options, networks)
-    found = estimate(manifest.table, networks, decode, pools, localize, stored)
+    found = estimate(manifest.table, networks, decode, pools, localize)
     return Plan([network.name for network in networks], found, options.price_per_hour)

@@ -80,15 +80,15 @@ class Head:
         assert isinstance(weight, Tensor)
         return both_classes(weight.detach().flatten(1).T).T
 
-    def class_biases(self, module: nn.Module) -> Tensor | None:
-        """What the classifier adds to each logit `[classes]`, or None without class weights."""
-        weights = self.class_weights(module)
-        if weights is None or self.classifier is None:
-            return None
+    def biases(self, module: nn.Module) -> Tensor:
+        """`[classes]` of the classifier; zeros if it has none."""
+        assert self.classifier is not None
         bias = module.get_submodule(self.classifier).bias
-        if not isinstance(bias, Tensor):
-            return weights.new_zeros(len(weights))
-        return both_classes(bias.detach()[None])[0]
+        if isinstance(bias, Tensor):
+            return both_classes(bias.detach()[None])[0]
+        weights = self.class_weights(module)
+        assert weights is not None
+        return weights.new_zeros(len(weights))
 
     def gradients(self, module: nn.Module, features: Tensor, class_ids: Tensor) -> Gradients:
         """Gradients of the logits of some classes with respect to the features (Equation 4).
@@ -110,11 +110,8 @@ class Head:
         if self.kind == "rectified":
             return MaskedGradients(per_cell, (features > 0).to(features.dtype)[:, None])
         if self.kind == "scores":
-            assert self.classifier is not None
-            scores = weigh(weights, features)
-            bias = module.get_submodule(self.classifier).bias
-            if isinstance(bias, Tensor):
-                scores = scores + bias.detach()[class_ids][..., None, None]
+            biases = self.biases(module)[class_ids].to(features.dtype)
+            scores = weigh(weights, features) + biases[..., None, None]
             return MaskedGradients(per_cell, (scores > 0).to(features.dtype)[:, :, None])
         return per_cell
 

@@ -117,7 +117,7 @@ class Network:
     @property
     def class_biases(self) -> Tensor | None:
         """`[classes]`, what the classifier adds; zeros without any, None as of class weights."""
-        return self.head.class_biases(self.module)
+        return None if self.head.classifier is None else self.head.biases(self.module)
 
     def class_name(self, class_id: int) -> str:
         """The name of a class; "class 7" where the categories are not known."""
@@ -156,7 +156,7 @@ class Network:
         return self.output.logits(self.module, images)
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """`[B, classes]` from logits, as `output.kind` says."""
+        """From logits `[…, classes]`, as `output.kind` says."""
         return self.output.probabilities(logits)
 
     def normalize(self, pixels: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -26,7 +26,9 @@ if TYPE_CHECKING:
 
     from scacam.networks import Network
 
-__all__ = ["Explain", "settle"]
+__all__ = ["Explain", "Holder", "settle"]
+
+_Seen = TypeVar("_Seen")
 
 _BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
 """On one thread, torch leaves 1 × 1 convolutions to oneDNN from 16 images on: a third faster."""
@@ -59,29 +61,23 @@ class _Explained(NamedTuple):
     pooled: np.ndarray
 
 
-class _Part(NamedTuple):
-    """What is passed on of some images.
+_Lists = dict[str, tuple[pa.Array, np.ndarray]]
+"""What is passed on of some images, by column: the values of all, and how many each has."""
+
+
+class Holder:
+    """A network in the hands of one actor, which is shown images some at a time.
 
     Attributes:
-        rows: which they are.
-        lists: by column, the values of all of them, one after another, and how many each has.
+        stage: the stage that the images that fail have failed in.
     """
 
-    rows: np.ndarray
-    lists: dict[str, tuple[pa.Array, np.ndarray]]
-
-
-class Explain:
-    """One network, held by one actor: pixels to explanations without their locations."""
+    stage: str
 
     def __init__(
         self,
         load: "Callable[[], Network]",
         *,
-        methods: Sequence[str],
-        top_k: int,
-        explain_label: bool,
-        embeddings: bool,
         sampling: int,
         bfloat16: bool,
         last_use: bool,
@@ -93,10 +89,6 @@ class Explain:
 
         Args:
             load: gets the network.
-            methods: the methods to compute, of which unsupported ones are left out.
-            top_k: how many classes to explain.
-            explain_label: whether to explain the labelled class as well.
-            embeddings: whether to pass the pooled features on.
             sampling: which `pixels` column the network looks at.
             bfloat16: whether to run the network in that precision, in place of its own.
             last_use: whether to drop that column, since no later network looks at it.
@@ -104,67 +96,56 @@ class Explain:
             is_last: whether no network comes after this one.
             tally: the `progress.Tally` actor.
         """
-        from scacam.explainer import Explainer
-
         self.network = load()
         self.device, self.batch_size = settle(self.network, batch_size)
         if bfloat16:
             self.network.module.bfloat16()
-        self.explainer = Explainer(self.network, methods, top_k, CHANNELS)
-        self.explain_label = explain_label
-        name = self.network.name
-        self.columns = {
-            explanations_folder(name, layer): pa.struct(EXPLANATION)
-            for layer in self.explainer.layers
-        }
-        self.columns[predictions_folder(name)] = pa.struct(PREDICTION)
-        if embeddings:
-            self.columns[embeddings_folder(name)] = pa.float16()
         self.sampling = sampling
         self.last_use = last_use
         self.is_last = is_last
         self.tally = tally
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Explain one block, some images at a time."""
-        if not len(batch):
-            return batch
-        with taken_up(self.tally, f"explain {self.network.name}", batch) as deaths:
-            rows = np.flatnonzero(batch["error"].is_null().to_numpy())
-            failures: dict[int, Failure] = {}
-            self._advance(len(batch) - len(rows))
-            parts = list(self._explained(batch, rows, deaths, failures))
-            if failures:
-                batch = set_failures(batch, failures)
-            if self.last_use:
-                batch = batch.drop_columns([f"pixels {self.sampling}", f"view {self.sampling}"])
-            for name, kind in self.columns.items():
-                lengths = np.zeros(len(batch), dtype=np.int64)
-                for part in parts:
-                    lengths[part.rows] = part.lists[name][1]
-                values = [part.lists[name][0] for part in parts]
-                batch = batch.append_column(name, list_column(values, lengths, kind))
-            return batch
+    def images(self, samples: np.ndarray) -> "torch.Tensor":
+        """Pixels as the network wants them, on its device."""
+        import torch
 
-    def _explained(
+        pixels = torch.from_numpy(samples)
+        if self.device.type == "cuda":
+            pixels = pixels.pin_memory()
+        return self.network.normalize(pixels.to(self.device, non_blocking=True))
+
+    def without_pixels(self, batch: pa.Table) -> pa.Table:
+        """A block without what no later network looks at."""
+        if not self.last_use:
+            return batch
+        return batch.drop_columns([f"pixels {self.sampling}", f"view {self.sampling}"])
+
+    def shown(
         self,
+        look: Callable[[np.ndarray], _Seen],
+        look_at_blank: Callable[[], object],
         batch: pa.Table,
-        rows: np.ndarray,
         deaths: Sequence[Held],
         failures: dict[int, Failure],
-    ) -> Iterator[_Part]:
-        """What the network says, some rows at a time.
+    ) -> Iterator[tuple[np.ndarray, _Seen]]:
+        """Some rows of a block at a time that have not failed, and what is seen of them.
 
         One row at a time where processes died of this block, or where the network raised
-        something: so the image that is to blame is found, and its neighbours are explained.
+        something: so the image that is to blame is found, and its neighbours are looked at.
+
+        Args:
+            look: what is done with some rows.
+            look_at_blank: the same with an image that is to blame for nothing.
+            batch: the block.
+            deaths: of processes that had it before.
+            failures: by row, to be added to.
         """
-        samples = tensors(batch[f"pixels {self.sampling}"])
-        views = tensors(batch[f"view {self.sampling}"])
-        labels = batch["label"].fill_null(-1).to_numpy()
+        rows = np.flatnonzero(batch["error"].is_null().to_numpy())
+        self.advance(len(batch) - len(rows))
         ids = batch["image_id"].to_numpy()
         blamed = Counter(death.image for death in deaths)
         if deaths:
-            self._probe(np.zeros_like(samples[:1]), labels[:1])
+            self._probe(look_at_blank)
         waiting = _one_by_one(rows) if deaths or not len(rows) else [rows]
         while waiting:
             chosen = waiting.pop()
@@ -175,12 +156,12 @@ class Explain:
                 image = int(ids[chosen[0]])
                 if blamed[image] >= _DEATHS_PROVE:
                     message = f"it killed {blamed[image]} processes of {self.network.name}"
-                    failures[int(chosen[0])] = Failure("explain", "crashed", message)
-                    self._advance(1)
+                    failures[int(chosen[0])] = Failure(self.stage, "crashed", message)
+                    self.advance(1)
                     continue
                 hold(self.tally, image)
             try:
-                explained = self._explain(samples[chosen], labels[chosen])
+                seen = look(chosen)
             except Exception as error:
                 if _is_lost_gpu(error):
                     self._fall(error)
@@ -191,31 +172,25 @@ class Explain:
                     waiting += [chosen] if no_memory else _one_by_one(chosen)
                     continue
                 kind = "out_of_memory" if no_memory else "failed"
-                failures[int(chosen[0])] = Failure("explain", kind, _in_one_line(error))
-                self._advance(1)
+                failures[int(chosen[0])] = Failure(self.stage, kind, _in_one_line(error))
+                self.advance(1)
                 continue
-            finite = np.isfinite(explained.probabilities).all(1)
-            for maps in explained.heatmaps.values():
-                finite &= np.isfinite(maps).all((1, 2, 3, 4))
-            message = f"{self.network.name} gives logits or heatmaps that are not finite"
-            for row in chosen[~finite]:
-                failures[int(row)] = Failure("explain", "not_finite", message)
-            kept = self._kept(explained.class_ids, labels[chosen], finite)
-            yield _Part(chosen, self._lists(explained, views[chosen], kept))
-            self._advance(len(chosen))
+            yield chosen, seen
+            self.advance(len(chosen))
 
-    def _probe(self, blank: np.ndarray, labels: np.ndarray) -> None:
-        """Explain a blank image: if that, too, ends the process, no image is to blame."""
+    def advance(self, images: int) -> None:
+        """Tell the tally that the last network is through with some images."""
+        if self.is_last:
+            self.tally.advance.remote(images)
+
+    def _probe(self, look_at_blank: Callable[[], object]) -> None:
+        """Look at a blank image: if that, too, ends the process, no image is to blame."""
         hold(self.tally, BLANK)
         try:
-            self._explain(blank, labels)
+            look_at_blank()
         except Exception as error:
             if _is_lost_gpu(error):
                 self._fall(error)
-
-    def _advance(self, images: int) -> None:
-        if self.is_last:
-            self.tally.advance.remote(images)
 
     def _fall(self, error: Exception) -> None:
         """End this process, in which no later CUDA call can succeed; Ray starts another."""
@@ -224,13 +199,90 @@ class Explain:
         fall(self.tally, _in_one_line(error))
         os._exit(1)
 
+
+class Explain(Holder):
+    """One network, held by one actor: pixels to explanations without their locations."""
+
+    stage = "explain"
+
+    def __init__(
+        self,
+        load: "Callable[[], Network]",
+        *,
+        methods: Sequence[str],
+        top_k: int,
+        explain_label: bool,
+        embeddings: bool,
+        **more: Any,
+    ) -> None:
+        """Take the network, to the GPU if the actor has one.
+
+        Args:
+            load: gets the network.
+            methods: the methods to compute, of which unsupported ones are left out.
+            top_k: how many classes to explain.
+            explain_label: whether to explain the labelled class as well.
+            embeddings: whether to pass the pooled features on.
+            more: as `Holder` takes it.
+        """
+        from scacam.explainer import Explainer
+
+        super().__init__(load, **more)
+        self.explainer = Explainer(self.network, methods, top_k, CHANNELS)
+        self.explain_label = explain_label
+        name = self.network.name
+        self.columns: dict[str, pa.DataType] = {
+            explanations_folder(name, layer): pa.struct(EXPLANATION)
+            for layer in self.explainer.layers
+        }
+        self.columns[predictions_folder(name)] = pa.struct(PREDICTION)
+        if embeddings:
+            self.columns[embeddings_folder(name)] = pa.float16()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Explain one block, some images at a time."""
+        if not len(batch):
+            return batch
+        with taken_up(self.tally, f"explain {self.network.name}", batch) as deaths:
+            failures: dict[int, Failure] = {}
+            parts = list(self._explained(batch, deaths, failures))
+            if failures:
+                batch = set_failures(batch, failures)
+            batch = self.without_pixels(batch)
+            for name, kind in self.columns.items():
+                lengths = np.zeros(len(batch), dtype=np.int64)
+                for rows, lists in parts:
+                    lengths[rows] = lists[name][1]
+                column = list_column([lists[name][0] for _, lists in parts], lengths, kind)
+                batch = batch.append_column(name, column)
+            return batch
+
+    def _explained(
+        self, batch: pa.Table, deaths: Sequence[Held], failures: dict[int, Failure]
+    ) -> Iterator[tuple[np.ndarray, _Lists]]:
+        """Some rows at a time, and what is passed on of them."""
+        samples = tensors(batch[f"pixels {self.sampling}"])
+        views = tensors(batch[f"view {self.sampling}"])
+        labels = batch["label"].fill_null(-1).to_numpy()
+        shown = self.shown(
+            lambda chosen: self._explain(samples[chosen], labels[chosen]),
+            lambda: self._explain(np.zeros_like(samples[:1]), labels[:1]),
+            *(batch, deaths, failures),
+        )
+        for chosen, explained in shown:
+            finite = np.isfinite(explained.probabilities).all(1)
+            for maps in explained.heatmaps.values():
+                finite &= np.isfinite(maps).all((1, 2, 3, 4))
+            message = f"{self.network.name} gives logits or heatmaps that are not finite"
+            for row in chosen[~finite]:
+                failures[int(row)] = Failure(self.stage, "not_finite", message)
+            kept = self._kept(explained.class_ids, labels[chosen], finite)
+            yield chosen, self._lists(explained, views[chosen], kept)
+
     def _explain(self, samples: np.ndarray, labels: np.ndarray) -> "_Explained":
         import torch
 
-        pixels = torch.from_numpy(samples)
-        if self.device.type == "cuda":
-            pixels = pixels.pin_memory()
-        images = self.network.normalize(pixels.to(self.device, non_blocking=True))
+        images = self.images(samples)
         # An image without a label gets class 0 explained, and that is left out again below.
         wanted = torch.from_numpy(labels.clip(min=0)).long().to(self.device)
         explanation = self.explainer(images, wanted if self.explain_label else None)
@@ -261,12 +313,10 @@ class Explain:
             kept[:, -1] &= (labels >= 0) & ~among_top
         return kept
 
-    def _lists(
-        self, explained: "_Explained", views: np.ndarray, kept: np.ndarray
-    ) -> dict[str, tuple[pa.Array, np.ndarray]]:
+    def _lists(self, explained: "_Explained", views: np.ndarray, kept: np.ndarray) -> _Lists:
         """What is passed on, by column: the values, and how many of them each image has."""
         name, classes = self.network.name, kept.sum(1)
-        found: dict[str, tuple[pa.Array, np.ndarray]] = {}
+        found: _Lists = {}
         for layer, methods in self.explainer.layers.items():
             structs = self._structs(explained, layer, views, kept)
             found[explanations_folder(name, layer)] = structs, classes * len(methods)

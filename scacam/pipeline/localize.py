@@ -45,8 +45,7 @@ class Localize:
                 continue
             rows = _located(rows, input_size, self.rectified)
             structs = rows.cast(EXPLANATION).to_struct_array().chunks
-            lengths = lists.value_lengths().to_numpy()
-            column = list_column(structs, lengths, pa.struct(EXPLANATION))
+            column = list_column(structs, lists.value_lengths().to_numpy())
             batch = batch.set_column(batch.schema.get_field_index(name), name, column)
         return batch
 

@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from scacam.images import Preprocessing
+from scacam.tables import EXPLANATION
 
 __all__ = [
     "Failure",
@@ -24,6 +25,8 @@ __all__ = [
     "set_failures",
     "tensors",
 ]
+
+_EXPLANATION = pa.struct(EXPLANATION)
 
 
 class Failure(NamedTuple):
@@ -65,7 +68,9 @@ def tensors(column: pa.ChunkedArray) -> np.ndarray:
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
-def list_column(parts: list[pa.Array], lengths: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+def list_column(
+    parts: list[pa.Array], lengths: np.ndarray, kind: pa.DataType = _EXPLANATION
+) -> pa.ListArray:
     """Values of one type, in row order, as one list per row, given how many each row has."""
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
     values = pa.concat_arrays(parts) if parts else pa.array([], kind)

@@ -22,6 +22,8 @@ _FINGERPRINT = (
     "view",
     "bfloat16",
     "box_threshold",
+    "metrics",
+    "steps",
 )
 
 _OLD_NETWORK = {"output_kind": "softmax"}
