@@ -109,7 +109,7 @@ class Try(Holder):
             for rows, faithfulness in found:
                 structs.append(_structs(faithfulness, self.claimants))
                 lengths[rows] = len(faithfulness.claimants)
-            column = list_column(structs, lengths, _STORED)
+            column = list_column(structs, lengths, pa.struct(_STORED))
             batch = self.without_pixels(batch)
             return batch.append_column(images_folder(self.network.name), column)
 
