@@ -233,7 +233,7 @@ def test_evaluation_tells_layers_apart(run: scacam.Run, boxes: str) -> None:
     for name in ("sca_cam (_fine.0)", "sca_cam (features)", "extent_cam"):
         assert f"<code>{name}</code>" in page
     order = ["sca_cam (features)", "extent_cam", "grad_cam", "sca_cam (_fine.0)"]
-    places = [page.index(f"alt=\"{name} of one") for name in order]
+    places = [page.index(f'alt="{name} of one') for name in order]
     assert places == sorted(places)
 
 

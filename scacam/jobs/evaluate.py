@@ -30,7 +30,7 @@ from scacam.evaluation.intervals import (
 from scacam.evaluation.measures import BASELINES
 from scacam.evaluation.metrics import TOP1, State, names_of
 from scacam.evaluation.shards import CountHits, MeasureMasks, Part, ScoreImages
-from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION
+from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION, placed
 from scacam.evaluation.truth import MaskFiles, TrueBoxes, read_boxes, read_masks
 from scacam.evaluation.words import told
 from scacam.pipeline.cluster import start_ray
@@ -82,12 +82,7 @@ class Result:
 
     def add(self, network: str, table: str, rows: Iterable[Row], claimants: Claimants) -> None:
         """Add rows of a network to a table, each of a claimant by its name."""
-        for row in rows:
-            layer, method = claimants[row["method"]]
-            of_table = {"network": network, **row, "layer": layer, "method": method}
-            if "other" in row:
-                of_table["other_layer"], of_table["other"] = claimants[row["other"]]
-            self.rows[table].append(of_table)
+        self.rows[table] += placed(network, rows, claimants)
 
     def __str__(self) -> str:
         lines = [*self.remarks]

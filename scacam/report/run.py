@@ -20,6 +20,7 @@ from scacam.audit.likeness import flattened, standard_ranks
 from scacam.drawing import colours
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
+from scacam.report.faithfulness import faithfulness, least_faithful
 from scacam.report.gallery import Gallery, share
 from scacam.report.html import Picture, encoded, render
 from scacam.report.sections import (
@@ -64,8 +65,13 @@ class _Content:
             network.network: best_and_worst(run, network.network, network.judge, _ENDS)
             for network in self.networks
         }
+        self.least = {
+            network.network: least_faithful(run, network.network, network.judge, _ENDS)
+            for network in self.networks
+        }
         for network in self.networks:
             listed = network.suspects[:_RANKED] + network.disputed[:_PAIRS]
+            listed += self.least[network.network]
             listed += [entry for end in self.ends[network.network] for entry in end]
             self.gallery.want(network.network, [*self.spread, *_ids(listed)])
             for image_ids in self.examples[network.network].values():
@@ -88,6 +94,7 @@ class _Content:
             ],
             "weights": class_activation_weights(self.run),
             "localization": localization(self.run),
+            "faithfulness": faithfulness(self.run),
             "pairs": [self._pair(pair) for pair in self.found.pairs],
             "border_area": BORDER_AREA,
             "corner_area": CORNER_AREA,
@@ -176,6 +183,7 @@ class _Content:
             "images_of_class": self._images_of_class(network, one_class) if one_class else [],
             "suspects": [self._ranked(network, entry) for entry in network.suspects[:_RANKED]],
             "ends": [self._localized(network, end) for end in self.ends[network.network]],
+            "least": [self._least(network, entry) for entry in self.least[network.network]],
             "disputed": [self._disputed(network, entry) for entry in network.disputed[:_PAIRS]],
         }
 
@@ -280,6 +288,12 @@ class _Content:
                     lines = [row["class_name"], f"best overlap {entry['iou_any']:.0%}"]
                     pictures.append(self.gallery.overlay(row, lines))
         return pictures
+
+    def _least(self, network: NetworkAudit, entry: dict[str, Any]) -> Picture:
+        """An image whose map is least faithful."""
+        row = self.gallery.top(network.network, entry["image_id"], network.judge.name)
+        why = f"insertion {entry['insertion_auc']:.0%}, deletion {entry['deletion_auc']:.0%}"
+        return self.gallery.overlay(row, [self.gallery.title(row), why, self.gallery.truth(row)])
 
     def _disputed(self, network: NetworkAudit, entry: dict[str, Any]) -> list[Picture]:
         """The two methods that agree least about an image."""
