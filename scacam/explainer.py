@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,9 @@ from torch import Tensor
 
 from scacam.errors import ScacamError
 from scacam.methods import METHODS, gap_cam, grad_cam
+from scacam.methods.channels import Channels, top_channels
 from scacam.methods.gradients import Gradients
+from scacam.methods.linear_head import LinearHead
 from scacam.networks import Network
 from scacam.networks.block import pruned
 from scacam.networks.head import differentiable, differentiate
@@ -30,6 +33,7 @@ class Observation(NamedTuple):
         features: `[B, C, h, w]`, in single precision at least.
         gradients: of the logits of `class_ids` with respect to the features.
         class_weights: `[B, K, C]`, or None where the network has none.
+        linear_head: what methods may ask of a head with class weights, if that was wanted.
         finer_features: `[B, C, H, W]` of the finer layer, if they were wanted.
         earlier: by name, what the layers show that run before the target layer.
     """
@@ -39,6 +43,7 @@ class Observation(NamedTuple):
     features: Tensor
     gradients: Gradients
     class_weights: Tensor | None
+    linear_head: LinearHead | None
     finer_features: Tensor | None
     earlier: "dict[str, Observation]"
 
@@ -50,6 +55,7 @@ def observe(
     labels: Tensor | None = None,
     *,
     finer: bool = False,
+    linear_head: bool = False,
 ) -> Observation:
     """Run a network once and take what its layers show.
 
@@ -59,6 +65,7 @@ def observe(
         top_k: how many of the most probable classes to look at.
         labels: int64 `[B]`, one more class of each image; left out, none.
         finer: whether to take the finer layer's features as well.
+        linear_head: whether to take what methods may ask of a head with class weights.
 
     Raises:
         ScacamError: the module is in training mode, where batch statistics would mix images; or
@@ -73,6 +80,10 @@ def observe(
     wanted = {layer for layer, *_ in network.layers}
     if finer_layer is not None:
         wanted.add(finer_layer)
+    scores = None
+    if linear_head and network.head.kind == "scores" and network.head.classifier:
+        scores = TargetLayer(network.head.classifier)
+        wanted.add(scores)
     with torch.inference_mode(False), torch.no_grad():
         with (
             differentiable(network.module) if general else nullcontext(),
@@ -103,7 +114,21 @@ def observe(
                     slopes = _widened(slopes[..., :1, :1] if head.is_even else slopes)
                 else:
                     slopes = head.gradients(network.module, features, class_ids)
-                seen = Observation(logits.detach(), class_ids, features, slopes, chosen, None, {})
+                asked = None
+                if linear_head and weights is not None and head.kind != "general":
+                    asked = LinearHead(
+                        head.kind,
+                        weights.to(features.dtype),
+                        head.biases(network.module).to(features.dtype),
+                        logits.detach().to(features.dtype),
+                        class_ids,
+                        partial(head.gradients, network.module, features),
+                        network.probabilities,
+                        None if scores is None else _widened(captured.of(scores).detach()),
+                    )
+                seen = Observation(
+                    logits.detach(), class_ids, features, slopes, chosen, asked, None, {}
+                )
                 if layer != network.target_layer:
                     earlier[layer.name] = seen
     return seen._replace(finer_features=finer_features, earlier=earlier)
@@ -131,19 +156,28 @@ class Explanation:
             does not support has no key.
         layers: the same and those of the network's earlier layers, by the name of the layer and
             method. Maps that have the finer layer's resolution stand under its name.
+        channels: those of the target layer that add most to the logits, if they were wanted.
+        pooled: `[B, C]`, the target layer's features averaged over its cells, after its ReLU
+            where the head has one before it pools.
     """
 
     logits: Tensor
     class_ids: Tensor
     heatmaps: dict[str, Tensor]
     layers: dict[str, dict[str, Tensor]]
+    channels: Channels | None
+    pooled: Tensor
 
 
 class Explainer:
     """Explains what a network says of images. Raises ScacamError for a method it does not know."""
 
     def __init__(
-        self, network: Network, methods: Sequence[str] | None = None, top_k: int = 5
+        self,
+        network: Network,
+        methods: Sequence[str] | None = None,
+        top_k: int = 5,
+        channels: int = 0,
     ) -> None:
         """Choose the methods (by default all that the network supports) and the classes.
 
@@ -151,6 +185,7 @@ class Explainer:
             network: the network to explain.
             methods: names from `scacam.methods.METHODS`; left out, all.
             top_k: how many of the most probable classes to explain, at most all.
+            channels: how many of the channels that add most to a class to name, at most all.
         """
         unknown = [name for name in methods or () if name not in METHODS]
         if unknown:
@@ -161,6 +196,7 @@ class Explainer:
         self.methods = tuple(name for name in methods or METHODS if network.supports(name))
         self.layers = network.methods_by_layer(methods or tuple(METHODS))
         self.top_k = min(top_k, network.num_classes)
+        self.channels = channels
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Explanation:
         """Explain a batch.
@@ -176,7 +212,12 @@ class Explainer:
             ScacamError: as `observe`.
         """
         seen = observe(
-            self.network, images, self.top_k, labels, finer=any(map(_is_finer, self.methods))
+            self.network,
+            images,
+            self.top_k,
+            labels,
+            finer=any(map(_is_finer, self.methods)),
+            linear_head=any(METHODS[name].needs_head for name in self.methods),
         )
         with torch.no_grad(), _full_precision(images):
             heatmaps = {name: _maps(name, seen) for name in self.methods}
@@ -189,7 +230,14 @@ class Explainer:
                 }
                 for layer, names in self.layers.items()
             }
-        return Explanation(seen.logits, seen.class_ids, heatmaps, layers)
+            channels = None
+            if self.channels:
+                channels = top_channels(seen.features, seen.gradients, self.channels)
+            features = seen.features
+            if self.network.head.kind == "rectified":
+                features = features.clip(min=0)
+            pooled = features.mean((2, 3))
+        return Explanation(seen.logits, seen.class_ids, heatmaps, layers, channels, pooled)
 
 
 def _is_finer(method: str) -> bool:
@@ -200,6 +248,8 @@ def _is_finer(method: str) -> bool:
 def _maps(method: str, seen: Observation) -> Tensor:
     """The maps of a method of what one layer shows."""
     function = METHODS[method].function
+    if METHODS[method].needs_head:
+        return function(seen.features, seen.linear_head)
     shown = seen.features, seen.gradients, seen.class_weights
     if not _is_finer(method):
         return function(*shown)

@@ -14,6 +14,7 @@ from scacam import RunError
 from scacam.audit.compare import COMPARISON, compare_runs
 from scacam.audit.likeness import energy, likeness, standard_ranks
 from scacam.audit.maps import Ranking, top_maps
+from scacam.audit.shifts import SHIFTS, Class, Shifts
 from scacam.evaluation.sweep import iou
 from scacam.jobs.command import run_job
 
@@ -133,7 +134,7 @@ def test_ranking_keeps_the_largest_whatever_the_order() -> None:
 
 
 def test_runs_are_matched_by_uri(runs: tuple[scacam.Run, scacam.Run]) -> None:
-    table = pa.concat_tables(compare_runs(*runs))
+    table = pa.concat_tables(found.table for found in compare_runs(*runs))
     assert table.schema == COMPARISON
     rows = {row["uri"]: row for row in table.to_pylist()}
     assert sorted(rows) == ["gone/y.jpg", "gone/z.jpg"]
@@ -148,7 +149,7 @@ def test_the_only_networks_are_compared_whatever_their_names(tmp_path: Path) -> 
     said = _said([0], [_spot((1, 1))])
     first = _run(tmp_path / "a", ["x"], said, "resnet")
     second = _run(tmp_path / "b", ["x"], said, "densenet")
-    (row,) = pa.concat_tables(compare_runs(first, second)).to_pylist()
+    (row,) = next(compare_runs(first, second)).table.to_pylist()
     assert (row["network_a"], row["network_b"]) == ("resnet", "densenet")
 
 
@@ -171,6 +172,7 @@ def test_the_job_writes_its_table_and_its_page(runs: tuple[scacam.Run, scacam.Ru
     table = pq.read_table(Path(runs[1].path) / "metrics/comparison.parquet")
     assert len(table) == 2
     assert table.schema.metadata[b"run_a"].decode() == runs[0].path
+    assert not len(pq.read_table(Path(runs[1].path) / "metrics/comparison_classes.parquet"))
     page = (Path(runs[1].path) / "comparison.html").read_text()
     assert "Same answer, another place" in page
     assert "gone/z.jpg" in page
@@ -187,24 +189,90 @@ def test_the_job_says_what_is_wrong(
 def test_classes_without_names_are_kept_apart_and_other_classes_are_not_compared(
     tmp_path: Path,
 ) -> None:
-    names, maps = [f"{i}" for i in range(12)], [_spot((1, 1), (1, 2))] * 12
-    before = _said([0, 1] * 6, maps)
+    names, maps = [f"{i}" for i in range(20)], [_spot((1, 1), (1, 2))] * 20
+    before = _said([0, 1] * 10, maps)
     before.class_names = [None] * 3
     first = _run(tmp_path / "a", names, before)
-    second = _run(tmp_path / "b", names, _said([0, 2] * 6, maps))
+    second = _run(tmp_path / "b", names, _said([0, 2] * 10, maps))
     assert main(["--runs", first.path, second.path]) == 0
     page = (tmp_path / "b/comparison.html").read_text()
-    rows = re.findall(r"<td>(class \d)</td><td class=.n.>6</td><td class=.n.>(.*?)</td>", page)
+    rows = re.findall(r"<td>(class \d)</td><td class=.n.>10</td><td class=.n.>(.*?)</td>", page)
     assert sorted(rows) == [("class 0", "100%"), ("class 1", "0%")]
     assert "other classes" not in page
 
-    more = _said([0, 2] * 6, maps)
+    more = _said([0, 2] * 10, maps)
     more.class_names = [*NAMES, "fox"]
     third = _run(tmp_path / "c", names, more)
     assert main(["--runs", first.path, third.path]) == 0
     page = (tmp_path / "c/comparison.html").read_text()
-    rows = re.findall(r"<td>(class \d)</td><td class=.n.>6</td><td class=.n.>(.*?)</td>", page)
+    rows = re.findall(r"<td>(class \d)</td><td class=.n.>10</td><td class=.n.>(.*?)</td>", page)
     assert sorted(rows) == [("class 0", "–"), ("class 1", "–")]
     assert page.count("other classes") == 3
     assert "Against the labels" not in page
-    assert pq.read_table(tmp_path / "c/metrics/comparison.parquet")["changed"].null_count == 12
+    assert pq.read_table(tmp_path / "c/metrics/comparison.parquet")["changed"].null_count == 20
+
+
+def _spots(rng: np.random.Generator, count: int, left: float) -> list[np.ndarray]:
+    """Each map has a spot: at random in the left half with a probability, else in the right."""
+    sides = np.where(rng.random(count) < left, 0, 4)
+    return [_spot((3, side + rng.integers(4)), size=8) for side in sides]
+
+
+def test_what_is_seen_elsewhere_is_found_and_nothing_else(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of three classes the maps of one go to the left; those of the others are drawn anew."""
+    rng = np.random.default_rng(0)
+    classes = [0, 1, 2] * 120
+    before = _spots(rng, 360, 0.5)
+    after = [
+        _spots(rng, 1, 0.9)[0] if class_id == 1 else _spots(rng, 1, 0.5)[0] for class_id in classes
+    ]
+    names = [f"{i}" for i in range(360)]
+    first = _run(tmp_path / "a", names, _said(classes, before))
+    second = _run(tmp_path / "b", names, _said(classes, after))
+    assert main(["--runs", first.path, second.path]) == 0
+    assert "seen elsewhere: 1 of 3 classes (dog)" in capsys.readouterr().out
+    table = pq.read_table(tmp_path / "b/metrics/comparison_classes.parquet")
+    assert table.schema == SHIFTS
+    rows = table.to_pylist()
+    assert [row["class_name"] for row in rows if row["elsewhere"]] == ["dog"]
+    assert rows[0]["shift"] > rows[0]["chance"]
+    assert all(row["ci_low"] < row["moved"] < row["ci_high"] for row in rows)
+    page = (tmp_path / "b/comparison.html").read_text()
+    assert "B looks elsewhere for 1 of 3 classes" in page
+    assert "<b>dog</b>" in page
+    assert main(["--runs", first.path, first.path]) == 0
+    assert "seen elsewhere: 0 of 3 classes\n" in capsys.readouterr().out
+
+
+def test_chance_is_what_halves_of_one_run_differ_by() -> None:
+    """The normal approximation against random halves, for maps that are anything but normal."""
+    rng = np.random.default_rng(1)
+    spots = np.stack(_spots(rng, 200, 0.7))
+    shares = spots.repeat(2, 1).repeat(2, 2) / 4
+    shifts = Shifts()
+    each = Class(("net", "net"), "sca_cam", 0, "cat")
+    same, moved = np.ones(200), np.zeros(200)
+    for part in np.array_split(np.arange(200), 3):  # sums merge
+        chosen = np.stack([shares[part]] * 2)
+        shifts.add([each] * len(part), same[part], moved[part], chosen)
+    (row,) = shifts.table().to_pylist()
+    flat = spots.reshape(200, -1)
+    orders = [rng.permutation(200) for _ in range(2000)]
+    halves = [np.abs(flat[o[:100]].mean(0) - flat[o[100:]].mean(0)).sum() / 2 for o in orders]
+    assert row["chance"] == pytest.approx(np.quantile(halves, 0.95), rel=0.08)
+    assert (row["shift"], row["p_value"], row["elsewhere"]) == (0, 1, False)
+
+
+def test_two_halves_of_one_run_are_rarely_a_finding() -> None:
+    rng = np.random.default_rng(2)
+    found = []
+    for class_id in range(200):
+        shares = np.stack([np.stack(_spots(rng, 12, 0.5)) for _ in range(2)])
+        shifts = Shifts()
+        each = Class(("net", "net"), "sca_cam", class_id, "cat")
+        shares = shares.repeat(2, 2).repeat(2, 3) / 4
+        shifts.add([each] * 12, np.ones(12), np.ones(12), shares)
+        found.append(shifts.table()["p_value"][0].as_py() <= 0.05)
+    assert np.mean(found) <= 0.08

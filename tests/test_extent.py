@@ -15,7 +15,7 @@ from torchvision.models.regnet import BlockParams
 from scacam import Explainer, Network, NetworkError, Preprocessing, load_network
 from scacam.explainer import observe
 from scacam.methods import extent_cam, gap_cam, grad_cam
-from scacam.networks.target import TargetLayer, find_layers
+from scacam.networks.target import Reach, TargetLayer, find_layers
 
 torch.set_num_threads(1)  # more of them only wait for each other on networks this small
 
@@ -395,7 +395,8 @@ ODD_SIZES["squeezenet1_1"] = (27, 27)
 
 def _found(module: nn.Module, size: int) -> tuple[str | None, tuple[int, int, int] | None]:
     device = next(module.parameters()).device
-    found = find_layers(module.eval(), torch.empty(2, 3, size, size, device=device), [], None)
+    images = torch.empty(2, 3, size, size, device=device)
+    found = find_layers(module.eval(), images, [], None, reach=lambda *_: Reach(False, False))
     return found.finer and found.finer.name, found.finer_shape
 
 

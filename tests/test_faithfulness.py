@@ -14,7 +14,7 @@ from tiny_networks import colours
 
 import scacam
 from scacam import ScacamError
-from scacam.trials.case import Claimant, between_0_and_1, normal
+from scacam.trials.case import Tried, between_0_and_1, normal
 from scacam.trials.faithfulness import Trials, faithfulness
 from scacam.trials.imputation import impute
 from scacam.trials.likeness import correlation, rank_correlation, ssim
@@ -321,7 +321,7 @@ def test_a_batch_is_its_images(network, shown):
     heatmaps = {name: explanation.heatmaps[name] for name in ("sca_cam", "grad_cam")}
     names = ["insertion_auc", "adcc", "random_logit", "random_network", "sensitivity"]
     whole = faithfulness(network, images, heatmaps, names)
-    trials = Trials(network, [Claimant(name, name) for name in heatmaps], names)
+    trials = Trials(network, [Tried(name, name) for name in heatmaps], names)
     for index in range(len(images)):
         one = slice(index, index + 1)
         part = trials(images[one], {name: m[one] for name, m in heatmaps.items()}, [index])

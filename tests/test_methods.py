@@ -15,8 +15,12 @@ from scacam import Explainer, Network, Preprocessing, methods
 from scacam.methods import METHODS
 from scacam.methods.gradients import MaskedGradients
 
-WEIGHTINGS = [name for name, method in METHODS.items() if not method.needs_finer_layer]
-"""Those that weigh features; the other one has a file of its own."""
+WEIGHTINGS = [
+    name
+    for name, method in METHODS.items()
+    if not method.needs_finer_layer and not method.needs_head
+]
+"""Those that weigh features; the others have files of their own."""
 
 FEATURES = torch.tensor([[[[1.0, 2], [3, 4]], [[-1, 1], [1, 2]]]])
 GRADIENTS = torch.tensor([[[[[1.0, -1], [0, 2]], [[-2, 0], [-4, 2]]]]])  # averages 0.5 and -1
@@ -25,6 +29,7 @@ CLASS_WEIGHTS = torch.tensor([[[3.0, -1]]])
 BY_HAND = {
     "feature_map": [[0, 3], [4, 6]],
     "gap_cam": [[4, 5], [8, 10]],
+    "nwc_cam": [[3, 6], [9, 12]],
     "grad_cam": [[1.5, 0], [0.5, 0]],
     "sca_cam": [[-1.5, -1], [4, 0]],
     "sca_cam_signed": [[2.5, -1], [-4, 8]],

@@ -1,18 +1,19 @@
 """Two runs of the same images: how alike their maps are, one row per image."""
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scacam.audit.likeness import likeness
+from scacam.audit.likeness import alike, energy, sampled
 from scacam.audit.maps import TopMaps, top_maps
 from scacam.errors import RunError
 from scacam.runs.record import same_classes
 from scacam.runs.results import Claimant, Run
 
-__all__ = ["COMPARISON", "compare_runs", "pair_claimants", "pair_networks"]
+__all__ = ["COMPARISON", "Compared", "compare_runs", "pair_claimants", "pair_networks"]
 
 _AT_ONCE = 4096
 
@@ -41,6 +42,19 @@ COMPARISON = pa.schema(
 )
 """One row per image, pair of networks, method and pair of its layers: the top classes of two runs,
 and their maps. `changed` is null where a class id does not mean the same to both networks."""
+
+
+class Compared(NamedTuple):
+    """Some images, by one pair of networks and of claimants.
+
+    Attributes:
+        table: of the schema `COMPARISON`.
+        shares: the positive maps of both runs where their views overlap, each with sum 1:
+            `[2, images, 16, 16]`.
+    """
+
+    table: pa.Table
+    shares: np.ndarray
 
 
 def pair_networks(first: Run, second: Run) -> list[tuple[str, str]]:
@@ -86,11 +100,8 @@ def pair_claimants(
     return pairs
 
 
-def compare_runs(first: Run, second: Run) -> Iterator[pa.Table]:
+def compare_runs(first: Run, second: Run) -> Iterator[Compared]:
     """Compare what two runs say of the same images, matched by uri, a few thousand at a time.
-
-    Returns:
-        Tables of the schema `COMPARISON`, each of one pair of networks and of claimants.
 
     Raises:
         RunError: no network, method or image is in both runs.
@@ -109,7 +120,7 @@ def _comparisons(
     runs: tuple[Run, Run],
     claimants: dict[tuple[str, str], list[tuple[Claimant, Claimant]]],
     images: np.ndarray,
-) -> Iterator[pa.Table]:
+) -> Iterator[Compared]:
     comparable = {
         pair: same_classes(*(run.networks[name] for run, name in zip(runs, pair, strict=True)))
         for pair in claimants
@@ -139,8 +150,10 @@ def _shared_images(first: Run, second: Run) -> np.ndarray:
 
 def _comparison(
     first: TopMaps, second: TopMaps, networks: tuple[str, str], comparable: bool
-) -> pa.Table:
-    alike = likeness(first, second)
+) -> Compared:
+    samples = sampled(first, second)
+    shares = energy(samples)
+    found = alike(samples, shares, (first.rectangles("box"), second.rectangles("box")))
     count = len(first.rows)
     columns = {"uri": first.rows["uri"], "method": first.rows["method"]}
     columns["label"] = first.rows["label"]
@@ -151,6 +164,7 @@ def _comparison(
     columns["changed"] = pa.nulls(count, pa.bool_())
     if comparable:
         columns["changed"] = pc.not_equal(columns["class_id_a"], columns["class_id_b"])
-    for name, values in alike._asdict().items():
+    for name, values in found._asdict().items():
         columns[name] = pa.array(values.astype(np.float32), from_pandas=True)
-    return pa.table({name: columns[name] for name in COMPARISON.names}).cast(COMPARISON)
+    table = pa.table({name: columns[name] for name in COMPARISON.names}).cast(COMPARISON)
+    return Compared(table, shares)

@@ -11,7 +11,9 @@ from scacam.audit.maps import TopMaps
 from scacam.evaluation.sweep import iou
 from scacam.localization import interpolation, upsample
 
-__all__ = ["Likeness", "energy", "flattened", "likeness", "standard_ranks"]
+__all__ = [
+    "Likeness", "alike", "energy", "flattened", "likeness", "sampled", "standard_ranks",
+]  # fmt: skip
 
 _GRID = 16
 
@@ -40,23 +42,34 @@ def energy(heatmaps: np.ndarray) -> np.ndarray:
 
 def likeness(first: TopMaps, second: TopMaps) -> Likeness:
     """Compare the maps of the same images in the same order, where their views overlap."""
+    samples = sampled(first, second)
+    return alike(samples, energy(samples), (first.rectangles("box"), second.rectangles("box")))
+
+
+def sampled(first: TopMaps, second: TopMaps) -> np.ndarray:
+    """Maps of the same images on one even grid where their views overlap: `[2, N, 16, 16]`."""
     views = first.rectangles("view"), second.rectangles("view")
     area = np.concatenate(
         [np.maximum(views[0], views[1])[:, :2], np.minimum(views[0], views[1])[:, 2:]], axis=1
     )
-    raw = [
-        _sampled(maps.heatmaps, view, area)
-        for maps, view in zip((first, second), views, strict=True)
-    ]
-    shares = [energy(sample) for sample in raw]
+    both = zip((first, second), views, strict=True)
+    return np.stack([_sampled(maps.heatmaps, view, area) for maps, view in both])
+
+
+def alike(
+    samples: np.ndarray, shares: np.ndarray, boxes: tuple[np.ndarray, np.ndarray]
+) -> Likeness:
+    """Compare N maps with N others.
+
+    Args:
+        samples: raw maps, `[2, N, h, w]`.
+        shares: their `energy`.
+        boxes: `[N, 4]` each.
+    """
     moved = np.abs(shares[0] - shares[1]).sum((1, 2)) / 2
-    moved[~(shares[0].any((1, 2)) & shares[1].any((1, 2)))] = np.nan
-    flat = [sample.reshape(len(sample), _GRID**2) for sample in raw]
-    return Likeness(
-        moved,
-        (standard_ranks(flat[0]) * standard_ranks(flat[1])).sum(-1),
-        iou(first.rectangles("box"), second.rectangles("box")),
-    )
+    moved[~shares.any((2, 3)).all(0)] = np.nan
+    ranks = standard_ranks(samples.reshape(*samples.shape[:2], -1))
+    return Likeness(moved, (ranks[0] * ranks[1]).sum(-1), iou(*boxes))
 
 
 def flattened(heatmaps: np.ndarray, shape: tuple[int, int]) -> np.ndarray:

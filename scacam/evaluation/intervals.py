@@ -10,14 +10,14 @@ that lay off the value and covered the truth no more often: 93 to 96 % either wa
 200 images.) All methods see the same draws, so that differences between them are paired.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from scacam.evaluation.measures import BASELINES
-from scacam.evaluation.metrics import METRICS, SWEPT, TOP1, State, headline
+from scacam.evaluation.metrics import METRICS, SWEPT, TOP1, Metric, State, headline
 from scacam.evaluation.sweep import THRESHOLDS
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "curves",
     "dealt",
     "draws",
+    "lead",
     "summarise",
 ]
 
@@ -97,7 +98,11 @@ def best_levels(hits: np.ndarray) -> np.ndarray:
 
 
 def summarise(
-    state: State, methods: Sequence[str], names: Sequence[str], levels: np.ndarray | None = None
+    state: State,
+    methods: Sequence[str],
+    names: Sequence[str],
+    levels: np.ndarray | None = None,
+    table: Mapping[str, Metric] = METRICS,
 ) -> tuple[list[Row], list[Row]]:
     """Metrics with their intervals, and paired differences between methods.
 
@@ -105,6 +110,7 @@ def summarise(
         state: the sums of `metrics.values`, `[groups, M, *shape]` each.
         methods: M of them.
         names: of the metrics that are wanted.
+        table: where these are.
         levels: int `[M, 2, 4]`, those at which the metrics of `metrics.SWEPT`, and their twins,
             were measured.
 
@@ -119,7 +125,7 @@ def summarise(
     rows: list[Row] = []
     pairs: list[Row] = []
     for name in names:
-        metric = METRICS[name.removeprefix(TOP1)]
+        metric = table[name.removeprefix(TOP1)]
         under = {}
         for index, method in enumerate(methods):
             sums = state.sums[name][:, index]
@@ -163,10 +169,30 @@ def compared(rows: Iterable[Row], pairs: Iterable[Row]) -> Comparison | None:
     """
     rows = list(rows)
     name = headline({row["metric"] for row in rows})
-    ranked = [row for row in rows if row["metric"] == name and row["method"] not in BASELINES]
-    if name is None or not ranked:
+    if name is None:
         return None
-    sign = 1 if METRICS[name.removeprefix(TOP1)].higher_is_better else -1
+    return lead(rows, pairs, name, METRICS[name.removeprefix(TOP1)].higher_is_better, BASELINES)
+
+
+def lead(
+    rows: Iterable[Row],
+    pairs: Iterable[Row],
+    name: str,
+    higher_is_better: bool,
+    baselines: Collection[str],
+) -> Comparison | None:
+    """The best method by a metric against each other one; None if there is none but baselines.
+
+    Args:
+        rows, pairs: as in `tables.LOCALIZATION` and `tables.DIFFERENCES`, of one network.
+        name: of the metric.
+        higher_is_better: which way is better.
+        baselines: which methods cannot be the best.
+    """
+    ranked = [row for row in rows if row["metric"] == name and row["method"] not in baselines]
+    if not ranked:
+        return None
+    sign = 1 if higher_is_better else -1
     best = max(ranked, key=lambda row: sign * row["value"])["method"]
     others = []
     for row in pairs:

@@ -10,6 +10,7 @@ __all__ = ["JOBS"]
 JOBS = {
     "explain": "Explain a collection of images: class activation maps of every network and method.",
     "evaluate": "Evaluate how well the heatmaps of a run localize, against true boxes or masks.",
+    "faithfulness": "Try the heatmaps of a run: are they true to what its networks do, and sane?",
     "report": "Look through a run and write its report: one HTML file that opens anywhere.",
     "browse": "Look around in a run: a local page to choose, sort and see all its images and maps.",
     "compare": "Compare two runs of the same images: which predictions changed, whose maps moved.",

@@ -26,12 +26,18 @@ from scacam.jobs.options import (
     refuse_below_one,
     seconds_per_image,
 )
-from scacam.pipeline.cluster import TASK_CPUS, allot, await_nodes, rows_per_shard, start_ray
+from scacam.pipeline.cluster import (
+    TASK_CPUS,
+    allot,
+    await_nodes,
+    rows_per_shard,
+    share,
+    start_ray,
+)
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
-from scacam.pipeline.share import share
 from scacam.runs.lock import locked
 from scacam.storage import join
 from scacam.storage.parquet import write_table
@@ -95,6 +101,7 @@ def run(
     target_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
     output_kind: Sequence[str] = (),
+    prompts: Sequence[str] = (),
     batch_size: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -108,7 +115,7 @@ def run(
     """
     refuse_below_one(batch_size=batch_size, limit=limit)
     manifest = read_manifest(input, limit, image_column, label_column).table
-    loaded = load_networks(networks, target_layer, categories, output_kind)
+    loaded = load_networks(networks, target_layer, categories, output_kind, prompts=prompts)
     path = join(output, "metrics/caw.parquet")
     with locked(output):
         start_ray()

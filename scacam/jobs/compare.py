@@ -1,7 +1,7 @@
 """Compare two runs of the same images: which predictions changed, and whose attention moved.
 
-    scacam compare --runs before/ after/        # after/metrics/comparison.parquet
-                                                        # after/comparison.html
+    scacam compare --runs before/ after/        # after/comparison.html
+                                                # after/metrics/comparison{,_classes}.parquet
 
 Reads the runs' Parquet and a few of their photos; needs neither the networks nor Ray.
 """
@@ -17,7 +17,9 @@ from scacam.audit.compare import COMPARISON, compare_runs
 from scacam.report.comparison import Summary
 from scacam.runs.results import open_run
 from scacam.storage import join, write_bytes
-from scacam.storage.parquet import write_tables
+from scacam.storage.parquet import write_table, write_tables
+
+_TOLD = 12
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,14 +35,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """Where the page and the table are."""
+    """Where the page and the tables are, and the classes that B sees elsewhere, of those tested."""
 
     page: str
     table: str
+    classes: str
+    elsewhere: Sequence[str]
+    tested: int
     ok: ClassVar[bool] = True
 
     def __str__(self) -> str:
-        return f"page:  {self.page}\ntable: {self.table}"
+        names = ", ".join(self.elsewhere[:_TOLD]) + ", …" * (len(self.elsewhere) > _TOLD)
+        return (
+            f"seen elsewhere: {len(self.elsewhere)} of {self.tested} classes"
+            + f" ({names})" * bool(self.elsewhere)
+            + f"\npage:   {self.page}\ntables: {self.table}, {self.classes}"
+        )
 
 
 def run(*, runs: Sequence[str]) -> Result:
@@ -52,18 +62,21 @@ def run(*, runs: Sequence[str]) -> Result:
     """
     first_path, second_path = runs
     first, second = open_run(first_path), open_run(second_path)
-    tables = compare_runs(first, second)
+    compared = compare_runs(first, second)
     summary = Summary(first, second)
 
     def summarised() -> Iterator[pa.Table]:
-        for table in tables:
-            summary.add(table)
-            yield table
+        for found in compared:
+            summary.add(found)
+            yield found.table
 
-    schema = COMPARISON.with_metadata({"run_a": first_path, "run_b": second_path})
-    result = Result(
-        join(second_path, "comparison.html"), join(second_path, "metrics/comparison.parquet")
-    )
-    write_tables(result.table, summarised(), schema)
-    write_bytes(result.page, summary.page().encode())
-    return result
+    told = {"run_a": first_path, "run_b": second_path}
+    table = join(second_path, "metrics/comparison.parquet")
+    write_tables(table, summarised(), COMPARISON.with_metadata(told))
+    shifts = summary.shifts.table()
+    classes = join(second_path, "metrics/comparison_classes.parquet")
+    write_table(classes, shifts.replace_schema_metadata(told))
+    page = join(second_path, "comparison.html")
+    write_bytes(page, summary.page().encode())
+    elsewhere = shifts["class_name"].filter(shifts["elsewhere"]).to_pylist()
+    return Result(page, table, classes, elsewhere, len(shifts))

@@ -19,9 +19,9 @@ from scacam.pipeline.cluster import keep_freed_memory
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
-from scacam.tables import explanations, explanations_folder
+from scacam.tables import explanations_folder, unfolded
 
-__all__ = ["Estimate", "estimate"]
+__all__ = ["Estimate", "estimate", "timed"]
 
 _SAMPLE_ON_CPU, _SAMPLE_ON_GPU = 16, 256
 
@@ -37,6 +37,7 @@ class Estimate(NamedTuple):
         explaining: seconds per image, by network; of a GPU where there is one, else of a core.
         sampled: how many images were timed.
         cores, gpus: of this machine.
+        verb: what networks do with images.
     """
 
     images: int
@@ -48,6 +49,7 @@ class Estimate(NamedTuple):
     sampled: int
     cores: int
     gpus: int
+    verb: str = "explain"
 
     @property
     def fed(self) -> float:
@@ -68,7 +70,7 @@ class Estimate(NamedTuple):
     def told(self, price_per_hour: float | None) -> str:
         """In words, with the cost if the price of this machine per hour is known."""
         machine = f"{self.cores} cores" + (f" and {self.gpus} GPUs" if self.gpus else "")
-        stages = self.feeding | {f"explain {name}": t for name, t in self.explaining.items()}
+        stages = self.feeding | {f"{self.verb} {name}": t for name, t in self.explaining.items()}
         lines = [
             f"images: {self.images:,}, about {_bytes(self.input_bytes)} to read",
             f"output: about {_bytes(self.output_bytes)}, "
@@ -128,21 +130,23 @@ def estimate(
     feeding: dict[str, float] = {}
     explaining: dict[str, float] = {}
     map_shapes: dict[str, tuple[int, int]] = {}
+    folders: list[str] = []
 
-    batch, feeding["decode"] = _timed(decode, batch)
+    batch, feeding["decode"] = timed(decode, batch)
     for network, arguments in zip(networks, explain, strict=True):
         stage = Explain(**arguments)
         stage(batch)  # the first pass pays for allocations
-        batch, explaining[network.name] = _timed(stage, batch)
+        batch, explaining[network.name] = timed(stage, batch)
         for layer in stage.explainer.layers:
             map_shapes[explanations_folder(network.name, layer)] = network.map_shape(layer)
-    batch, feeding["localize"] = _timed(localize, batch)
+        folders += stage.columns
+    batch, feeding["localize"] = timed(localize, batch)
     good = batch.filter(pc.is_null(batch["error"]))
     if not len(good):
         first = f"{batch['uri'][0]}: {batch['message'][0]}"
         raise RunError(f"none of {len(batch)} sampled images can be explained; the first, {first}")
     share = len(good) / len(batch)
-    output = sum(_stored(good, *layer) for layer in map_shapes.items()) / len(batch)
+    output = sum(_stored(unfolded(good, folder, map_shapes)) for folder in folders) / len(batch)
     return Estimate(
         images=len(manifest),
         failed=1 - share,
@@ -156,17 +160,15 @@ def estimate(
     )
 
 
-def _timed(stage: Callable[[pa.Table], pa.Table], batch: pa.Table) -> tuple[pa.Table, float]:
+def timed(stage: Callable[[pa.Table], pa.Table], batch: pa.Table) -> tuple[pa.Table, float]:
     """What a stage makes of a batch, and its seconds per image."""
     began = time.perf_counter()
     after = stage(batch)
     return after, (time.perf_counter() - began) / len(batch)
 
 
-def _stored(batch: pa.Table, folder: str, map_shape: tuple[int, int]) -> int:
-    lists = batch[folder].combine_chunks()
+def _stored(rows: pa.Table) -> int:
     buffer = io.BytesIO()
-    rows = explanations(batch, lists, map_shape)
     pyarrow.parquet.write_table(rows, buffer, compression="zstd")
     return buffer.tell()
 

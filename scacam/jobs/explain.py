@@ -34,13 +34,14 @@ from scacam.jobs.options import (
 )
 from scacam.methods import METHODS
 from scacam.networks import Network
-from scacam.pipeline.cluster import allot, await_nodes, start_ray
+from scacam.pipeline.cluster import allot, await_nodes, ray_starting, start_ray
 from scacam.pipeline.stream import explain, speed, stages
 from scacam.runs import lifecycle
-from scacam.runs.describe import describe_network, describe_run
+from scacam.runs.describe import class_weights, describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output
 from scacam.runs.lock import locked
 from scacam.runs.proof import prove
+from scacam.storage.parquet import write_table
 
 logger = logging.getLogger("scacam")
 
@@ -65,7 +66,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="classes per image (default: 5)")
     parser.add_argument(
+        "--min-probability",
+        type=float,
+        metavar="P",
+        help="leave out classes that are less probable, but for the most probable one "
+        "(default: all of the top K)",
+    )
+    parser.add_argument(
         "--explain-label", action="store_true", help="explain the labelled class as well"
+    )
+    parser.add_argument(
+        "--embeddings", action="store_true", help="store each image's pooled features as well"
     )
     parser.add_argument(
         "--view",
@@ -166,9 +177,12 @@ def run(
     finer_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
     output_kind: Sequence[str] = (),
+    prompts: Sequence[str] = (),
     methods: Sequence[str] = tuple(METHODS),
     top_k: int = 5,
+    min_probability: float | None = None,
     explain_label: bool = False,
+    embeddings: bool = False,
     view: ViewName = "center_crop",
     bfloat16: bool = False,
     batch_size: int | None = None,
@@ -197,7 +211,8 @@ def run(
     manifest = lifecycle.listed_before(output, asked(options)) or read_manifest(
         input, limit, image_column, label_column
     )
-    loaded = load_networks(networks, target_layer, categories, output_kind, finer_layer)
+    wait_for_ray = start_ray if dry_run else ray_starting()
+    loaded = load_networks(networks, target_layer, categories, output_kind, finer_layer, prompts)
     manifest = resolve_labels(manifest, {network.name: network.categories for network in loaded})
     check_networks(options, loaded, manifest)
     if dry_run:
@@ -212,6 +227,7 @@ def run(
         if record["status"] != "complete":
             images = len(manifest.table)
             del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
+            wait_for_ray()
             record, told = explain_all(options, record, images, loaded)
     counts = record["images"], record["explained"], record["errors"]
     return Result(output, *counts, max_error_rate, [*left_out, *told])
@@ -222,12 +238,13 @@ def explain_all(
 ) -> tuple[dict[str, Any], list[str]]:
     """Explain what is not explained yet, and prove the run; its record, and what was done."""
     started = time.monotonic()
-    start_ray()
+    for network in networks:
+        write_table(*class_weights(options.output, network))
     gpus = await_nodes(options.gpus)
     costs = [seconds_per_image(network) for network in networks]
     allotments = allot(costs, gpus)
     counts = explain(options, record, networks, costs, allotments)
-    proof = prove(options.output, record["networks"], images)
+    proof = prove(options.output, record["networks"], images, record["embeddings"])
     seconds = time.monotonic() - started
     record |= {
         "status": "complete",
@@ -248,6 +265,10 @@ def check(options: SimpleNamespace) -> None:
     refuse_below_one(top_k=options.top_k, batch_size=options.batch_size, limit=options.limit)
     if not 0 <= options.max_error_rate <= 1:
         raise RunError(f"--max-error-rate must be from 0 to 1, not {options.max_error_rate:g}")
+    if options.min_probability is not None and not 0 < options.min_probability < 1:
+        raise RunError(
+            f"--min-probability must lie between 0 and 1, not be {options.min_probability:g}"
+        )
     if options.gpus is not None and options.gpus < 0:
         raise RunError(f"--gpus must be at least 0, not {options.gpus}")
     parse_networks(options.networks)
@@ -290,7 +311,9 @@ def describe(
         **describe_run(manifest.table, options.methods),
         "networks": [describe_network(network, options.methods) for network in networks],
         "top_k": options.top_k,
+        "min_probability": options.min_probability,
         "explain_label": options.explain_label,
+        "embeddings": options.embeddings,
         "view": options.view,
         "bfloat16": options.bfloat16,
     }

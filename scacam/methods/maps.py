@@ -9,7 +9,8 @@ All functions share one signature, `(features, gradients, class_weights) -> maps
 * class weights `w`: `[B, K, C]`, of the linear classifier on pooled features, or None.
 * maps: `[B, K, h, w]`, raw and signed. ReLU, upsampling and normalisation come later, by name.
 
-But for `extent_cam`, which takes the maps of another method and the features of a finer layer.
+But for `extent_cam`, which takes the maps of another method and the features of a finer layer, and
+for the methods of `linear_head`, which ask more of the head.
 
 To add a method: write its function here, give it a row in `METHODS`, and test it.
 
@@ -23,10 +24,12 @@ References (equations are those of the SCA-CAM paper unless said otherwise):
     Muhammad and Yeasin 2020, Eigen-CAM.
     Jiang et al. 2021, LayerCAM.
     Gildenblat 2021, the library pytorch-grad-cam, for the two that have no paper.
+    Bae et al. 2020, Rethinking Class Activation Mapping for Weakly Supervised Object Localization.
     Chen et al. 2022, Self-supervised Image-specific Prototype Exploration (SIPE).
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -45,20 +48,25 @@ from scacam.methods.gradients import (
     weigh,
     weigh_product,
 )
+from scacam.methods.linear_head import ablation_cam, finer_cam, recipro_cam
 
 __all__ = [
     "METHODS",
     "Method",
+    "ablation_cam",
     "eigen_cam",
     "eigen_grad_cam",
     "extent_cam",
     "feature_map",
+    "finer_cam",
     "gap_cam",
     "grad_cam",
     "grad_cam_elementwise",
     "grad_cam_pp",
     "hires_cam",
     "layer_cam",
+    "nwc_cam",
+    "recipro_cam",
     "sca_cam",
     "sca_cam_signed",
     "xgrad_cam",
@@ -82,6 +90,17 @@ def gap_cam(features: Tensor, gradients: Gradients, class_weights: Tensor | None
     if class_weights is None:
         raise ValueError("gap_cam needs class weights: a linear classifier on pooled features")
     return weigh(class_weights, features)
+
+
+def nwc_cam(features: Tensor, gradients: Gradients, class_weights: Tensor | None) -> Tensor:
+    """`Σ_k relu(w_k) A_k`: no channel that speaks against the class counts (Bae et al. 2020).
+
+    Raises:
+        ValueError: the network has no class weights on pooled features.
+    """
+    if class_weights is None:
+        raise ValueError("nwc_cam needs class weights: a linear classifier on pooled features")
+    return weigh(class_weights.relu(), features)
 
 
 def grad_cam(features: Tensor, gradients: Gradients, class_weights: Tensor | None) -> Tensor:
@@ -236,12 +255,14 @@ class Method(NamedTuple):
 
     Attributes:
         function: from features, gradients and class weights to raw maps; if it needs the finer
-            layer, from class maps and the finer layer's features.
+            layer, from class maps and the finer layer's features; if it needs the head, from
+            features and a `LinearHead`.
         relu: whether a ReLU on the map belongs to the method. Raw maps are before it.
         needs_class_weights: whether a network without class weights has no such map.
         paper: where the method comes from.
         needs_finer_layer: whether it has maps of a network that has a finer layer, and of its
             resolution.
+        needs_head: whether it asks a head with class weights for more than those of its classes.
     """
 
     function: Callable[..., Tensor]
@@ -249,7 +270,10 @@ class Method(NamedTuple):
     needs_class_weights: bool
     paper: str
     needs_finer_layer: bool = False
+    needs_head: bool = False
 
+
+_of_head = partial(Method, needs_class_weights=True, needs_head=True)
 
 METHODS: dict[str, Method] = {
     method.function.__name__: method
@@ -266,6 +290,10 @@ METHODS: dict[str, Method] = {
         Method(layer_cam, relu=True, needs_class_weights=False, paper="Jiang et al. 2021"),
         Method(eigen_cam, relu=False, needs_class_weights=False, paper="Muhammad and Yeasin 2020"),
         Method(eigen_grad_cam, relu=True, needs_class_weights=False, paper="Gildenblat 2021"),
+        Method(nwc_cam, relu=False, needs_class_weights=True, paper="Bae et al. 2020"),
+        _of_head(recipro_cam, relu=False, paper="Byun and Lee 2024"),
+        _of_head(ablation_cam, relu=True, paper="Desai and Ramaswamy 2020"),
+        _of_head(finer_cam, relu=True, paper="Zhang et al. 2025"),
         Method(
             extent_cam,
             relu=False,

@@ -80,6 +80,16 @@ class Head:
         assert isinstance(weight, Tensor)
         return both_classes(weight.detach().flatten(1).T).T
 
+    def biases(self, module: nn.Module) -> Tensor:
+        """`[classes]` of the classifier; zeros if it has none."""
+        assert self.classifier is not None
+        bias = module.get_submodule(self.classifier).bias
+        if isinstance(bias, Tensor):
+            return both_classes(bias.detach()[None])[0]
+        weights = self.class_weights(module)
+        assert weights is not None
+        return weights.new_zeros(len(weights))
+
     def gradients(self, module: nn.Module, features: Tensor, class_ids: Tensor) -> Gradients:
         """Gradients of the logits of some classes with respect to the features (Equation 4).
 
@@ -100,11 +110,8 @@ class Head:
         if self.kind == "rectified":
             return MaskedGradients(per_cell, (features > 0).to(features.dtype)[:, None])
         if self.kind == "scores":
-            assert self.classifier is not None
-            scores = weigh(weights, features)
-            bias = module.get_submodule(self.classifier).bias
-            if isinstance(bias, Tensor):
-                scores = scores + bias.detach()[class_ids][..., None, None]
+            biases = self.biases(module)[class_ids].to(features.dtype)
+            scores = weigh(weights, features) + biases[..., None, None]
             return MaskedGradients(per_cell, (scores > 0).to(features.dtype)[:, :, None])
         return per_cell
 
@@ -217,11 +224,12 @@ def examine(
                 # A pass for each: its operations are those of a graph that begins at this layer.
                 with capture(module, images.shape[2:], [target], [target]) as captured:
                     output, raw = look_at_output(module, images[1:], output_kind)
+                again = answers[-1][0]
                 features = captured.of(target)
                 layers.append(_explained(module, images[1:], target, features, raw))
     finally:
         handle.remove()
-    _refuse_other_answer(answers[0][1], answers[-1][0])
+    _refuse_other_answer(answers[0][1], again)
     num_classes = both_classes(raw).shape[1]
     return Anatomy(tuple(layers), found.finer, found.finer_shape, output, num_classes)
 

@@ -57,8 +57,8 @@ class Output:
         return both_classes(seen.input.reshape(returned.shape))
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """`[B, classes]`, in single precision; of `sigmoid` they need not sum to 1."""
-        return logits.float().softmax(1) if self.kind == "softmax" else logits.float().sigmoid()
+        """Of logits `[…, classes]`, in single precision; of `sigmoid` they need not sum to 1."""
+        return logits.float().softmax(-1) if self.kind == "softmax" else logits.float().sigmoid()
 
 
 def both_classes(logits: Tensor) -> Tensor:

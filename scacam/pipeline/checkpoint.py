@@ -22,6 +22,7 @@ from ray.data.datasource import Datasource, ReadTask
 from scacam.runs.lifecycle import ID, checkpoint_path
 from scacam.storage import join, locate, read_ahead
 from scacam.storage.parquet import read_columns
+from scacam.tables import SHARDED
 
 __all__ = ["checkpoint", "images_of"]
 
@@ -78,15 +79,15 @@ def _read_group(output: str, group: int) -> Iterator[pa.Table]:
             yield pa.Table.from_batches([batch])
 
 
-def checkpoint(output: str) -> CheckpointConfig:
-    """Ray Data's checkpoint of this run, which `runs.complete` removes."""
+def checkpoint(output: str, manager: "type[Checkpoint] | None" = None) -> CheckpointConfig:
+    """Ray Data's checkpoint of this run, which `runs.complete` removes; loaded by a manager."""
     filesystem, path = locate(checkpoint_path(output))
     return CheckpointConfig(
         id_column=ID,
         checkpoint_path=path,
         override_filesystem=filesystem,
         delete_checkpoint_on_success=False,
-        checkpoint_manager_cls=Checkpoint,
+        checkpoint_manager_cls=manager or Checkpoint,
     )
 
 
@@ -95,7 +96,12 @@ class Checkpoint(CheckpointManager):
 
     Ray Data's own loader takes a thread per file, and ten million images have 20,000 of them; and
     its clean-up would take the checkpoint below the output for shards.
+
+    Attributes:
+        folders: where the shards are, below what the sink writes to.
     """
+
+    folders: tuple[str, ...] = SHARDED
 
     def load_checkpoint(
         self,
@@ -127,7 +133,7 @@ class Checkpoint(CheckpointManager):
         """
         whole = {_name(path) for path in done}
         cut_off = {_name(path).replace(_PENDING, ".parquet") for path in pending} - whole
-        for folder in ("explanations", "errors") if cut_off else ():
+        for folder in self.folders if cut_off else ():
             selector = fs.FileSelector(join(output, folder), allow_not_found=True, recursive=True)
             for info in self.filesystem.get_file_info(selector):
                 if info.is_file and info.base_name in cut_off:

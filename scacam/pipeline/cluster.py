@@ -6,15 +6,21 @@ import logging
 import math
 import os
 import re
+import threading
 import time
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import ray.exceptions
 from ray.autoscaler.sdk import request_resources
 
-from scacam.errors import RunError
+from scacam.errors import NetworkError, RunError
+
+if TYPE_CHECKING:
+    from scacam.networks import Network
 
 __all__ = [
     "ENVIRONMENT",
@@ -25,14 +31,17 @@ __all__ = [
     "cores",
     "divide",
     "keep_freed_memory",
+    "ray_starting",
     "root_cause",
     "rows_per_shard",
+    "share",
     "start_ray",
 ]
 
 _ACTORS_PER_GPU = 2
 _BLOCK_BYTES = 64_000_000
 _BLOCK_S = 60
+_BLOCK_MIN_S = 0.5
 _CORES_PER_GPU = 10
 """What any GPU is worth at least: the costs are measured on a core, where there may be no GPU."""
 _EMBEDDED_CPUS_MIN = 4
@@ -94,6 +103,26 @@ def start_ray() -> None:
         cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     logging.getLogger("ray.data").setLevel(logging.ERROR)
+
+
+def ray_starting() -> Callable[[], None]:
+    """Start Ray while the job does something else: what is returned waits until it has started.
+
+    It takes seconds, and most of them go by in other processes.
+    """
+    started: Future[None] = Future()
+
+    def start() -> None:
+        try:
+            start_ray()
+        except BaseException as error:
+            started.set_exception(error)
+        else:
+            started.set_result(None)
+            threading.Event().wait()  # Ray's processes end with the thread that started them
+
+    threading.Thread(target=start, daemon=True).start()
+    return started.result
 
 
 def await_nodes(gpus: int | None) -> int:
@@ -201,7 +230,8 @@ def rows_per_shard(
 ) -> int:
     """Images per shard, and per block on its way there.
 
-    Four shards per actor in a small run. In a large one a bounded number, of 64 MB and a minute of
+    Four shards per actor in a small run, if each is half a second of work: for less it does not
+    pay that another process starts. In a large one a bounded number, of 64 MB and a minute of
     work at most: so many blocks fit into the memory beside one another, no lost one costs much, and
     none takes as long as the watchdog waits for a sign of life.
 
@@ -217,7 +247,39 @@ def rows_per_shard(
         for cost, allotment in zip(costs, allotments, strict=True)
     )
     bounds = _SHARD_ROWS_MAX, _BLOCK_BYTES // image_bytes, int(_BLOCK_S / seconds)
-    return max(1, min(math.ceil(images / (4 * actors)), *bounds))
+    wanted = max(math.ceil(images / (4 * actors)), int(_BLOCK_MIN_S / seconds))
+    return max(1, min(images, wanted, *bounds))
+
+
+def share(network: "Network") -> "Callable[[], Network]":
+    """What a process calls to get a network.
+
+    Args:
+        network: one that can be pickled, or that `load_network` made: a module that holds a lock or
+            a parametrization is built anew from its name and weights in each process.
+
+    Raises:
+        NetworkError: in that process, if what is built there has other weights.
+    """
+    try:
+        held = ray.put(network)
+        return lambda: ray.get(held)
+    except Exception as error:  # whatever a module holds may raise anything
+        if network.rebuild is None:
+            raise
+        reason = str(error.__cause__ or error).partition("\n")[0]
+        logger.info("%s is built anew in each process (%s)", network.name, reason)
+        return partial(_rebuilt, network.rebuild, network.digest())
+
+
+def _rebuilt(rebuild: "Callable[[], Network]", digest: str) -> "Network":
+    network = rebuild()
+    if network.digest() != digest:
+        raise NetworkError(
+            f"{network.name} cannot be pickled and has other weights each time that it is made; "
+            "give them as a checkpoint"
+        )
+    return network
 
 
 def root_cause(error: BaseException) -> str:

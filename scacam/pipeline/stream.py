@@ -1,30 +1,38 @@
 """The stream of the explain job: images through all stages, from the manifest to the shards."""
 
+import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.data
+from ray.data.checkpoint import CheckpointConfig
 
 from scacam.errors import RunError
 from scacam.methods import METHODS
 from scacam.pipeline.checkpoint import checkpoint, images_of
-from scacam.pipeline.cluster import TASK_CPUS, Allotment, cores, root_cause, rows_per_shard
+from scacam.pipeline.cluster import (
+    TASK_CPUS,
+    Allotment,
+    cores,
+    root_cause,
+    rows_per_shard,
+    share,
+)
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import bytes_per_image, sampling_of
-from scacam.pipeline.share import share
 from scacam.pipeline.sink import ShardSink
 from scacam.storage import OUT_OF_REACH, absolute
-from scacam.tables import explanations_folder
+from scacam.tables import embeddings_folder, explanations_folder, predictions_folder
 
 if TYPE_CHECKING:
     from scacam.networks import Network
 
-__all__ = ["explain", "speed", "stages"]
+__all__ = ["explain", "prepare", "speed", "stages"]
 
 _STALLED_S = 900
 
@@ -39,7 +47,9 @@ def stages(
         {
             "methods": options.methods,
             "top_k": options.top_k,
+            "min_probability": options.min_probability,
             "explain_label": options.explain_label,
+            "embeddings": options.embeddings,
             "sampling": sampling,
             "bfloat16": options.bfloat16,
             "last_use": sampling not in uses[index + 1 :],
@@ -61,6 +71,35 @@ def stages(
     return Decode(samplings, options.view, tally), pools, localize
 
 
+def _map_shapes(
+    options: SimpleNamespace, networks: Sequence["Network"]
+) -> dict[str, tuple[int, int]]:
+    """Height and width of the heatmaps, by the folder of explanations."""
+    return {
+        explanations_folder(network.name, layer): network.map_shape(layer)
+        for network in networks
+        for layer in network.methods_by_layer(options.methods)
+    }
+
+
+def _further(options: SimpleNamespace, networks: Sequence["Network"]) -> list[str]:
+    """The folders of what is stored beside explanations."""
+    kinds = (predictions_folder, *((embeddings_folder,) if options.embeddings else ()))
+    return [folder(network.name) for network in networks for folder in kinds]
+
+
+def prepare(checkpoint: CheckpointConfig) -> ray.data.DataContext:
+    """Ray Data's context for a stream that can be continued: no wait without end, no bars."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.wait_for_min_actors_s = _STALLED_S
+    context.execution_no_progress_timeout_s = _STALLED_S
+    if OUT_OF_REACH not in context.retried_io_errors:
+        context.retried_io_errors.append(OUT_OF_REACH)
+    context.checkpoint_config = checkpoint
+    return context
+
+
 def explain(
     options: SimpleNamespace,
     record: dict[str, Any],
@@ -78,15 +117,9 @@ def explain(
     decode, pools, localize = stages(options, networks, tally)
     image_bytes = bytes_per_image(decode.samplings)
     rows = rows_per_shard(record["images"], image_bytes, costs, allotments)
+    blocks = math.ceil(record["images"] / rows)
 
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
-    context.wait_for_min_actors_s = _STALLED_S
-    context.execution_no_progress_timeout_s = _STALLED_S
-    if OUT_OF_REACH not in context.retried_io_errors:
-        context.retried_io_errors.append(OUT_OF_REACH)
-    context.checkpoint_config = checkpoint(output)
-
+    context = prepare(checkpoint(output))
     stream = images_of(output, TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
@@ -94,7 +127,7 @@ def explain(
         stream = stream.map_batches(
             Explain,
             fn_constructor_kwargs=arguments | {"load": share(network)},
-            compute=ray.data.ActorPoolStrategy(size=allotment.actors),
+            compute=ray.data.ActorPoolStrategy(size=min(allotment.actors, blocks)),
             batch_size=rows,
             batch_format="pyarrow",
             num_cpus=allotment.num_cpus,
@@ -105,14 +138,11 @@ def explain(
     )
     sink = ShardSink(
         output,
-        {
-            explanations_folder(network.name, layer): network.map_shape(layer)
-            for network in networks
-            for layer in network.methods_by_layer(options.methods)
-        },
+        _map_shapes(options, networks),
         tally,
         options.max_error_rate,
         record.get("explained", 0),  # by a complete run, whose errors are tried again
+        _further(options, networks),
     )
     with shown(tally, record["images"]):
         try:

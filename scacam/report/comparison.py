@@ -6,15 +6,16 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from scacam.audit.compare import pair_claimants, pair_networks
+from scacam.audit.compare import Compared, pair_claimants, pair_networks
 from scacam.audit.maps import Ranking, judge
+from scacam.audit.shifts import MIN_IMAGES, Class, Shifts
 from scacam.report.gallery import Gallery
 from scacam.report.html import Picture, render
 from scacam.runs.results import Run
 
 __all__ = ["Summary"]
 
-_LISTED, _SHOWN, _CLASSES, _MIN_IMAGES = 24, 8, 15, 5
+_LISTED, _SHOWN, _CLASSES = 24, 8, 15
 _LIKENESS = ("moved", "rank_correlation", "box_iou")
 _NETWORKS, _CLAIMANTS = ("network_a", "network_b"), ("method", "layer_a", "layer_b")
 
@@ -54,11 +55,12 @@ class Summary:
             for pair, claimants in self.claimants.items()
         }
         self.rows: dict[tuple[str, str, str], _Row] = {}
-        self.classes: dict[tuple[str, int, str], np.ndarray] = {}
+        self.shifts = Shifts()
         self.changed, self.moved = Ranking(_LISTED), Ranking(_LISTED)
 
-    def add(self, table: pa.Table) -> None:
-        """Add images of one pair of networks and of claimants, with the columns of `COMPARISON`."""
+    def add(self, compared: Compared) -> None:
+        """Add images of one pair of networks and of claimants."""
+        table = compared.table
         if not len(table):
             return
         networks, claimants = (
@@ -78,15 +80,16 @@ class Summary:
         np.add.at(row.outcomes, (right[0].astype(int), right[1].astype(int)), 1)
         if both == self.judges[networks]:
             self._rank(table, changed, alike[0])
+            ids, names = table["class_id_a"].to_pylist(), table["class_name_a"].to_pylist()
+            classes = [
+                Class(networks, both[0].method, *each) for each in zip(ids, names, strict=True)
+            ]
+            self.shifts.add(classes, 1 - changed, alike[0], compared.shares)
 
     def _rank(self, table: pa.Table, changed: np.ndarray, moved: np.ndarray) -> None:
         confidence = np.minimum(*(table[f"probability_{run}"].to_numpy() for run in "ab"))
         self.changed.add(np.where(changed == 1, confidence, np.nan), table)
         self.moved.add(np.where(changed == 0, moved, np.nan), table)
-        classes = table.select(["network_a", "class_id_a", "class_name_a"]).to_pylist()
-        for found, same, value in zip(classes, 1 - changed, moved.tolist(), strict=True):
-            sums = self.classes.setdefault(tuple(found.values()), np.zeros(3))
-            sums += (1, same, value if value == value else 0)
 
     def page(self) -> str:
         """The page, as HTML."""
@@ -97,11 +100,7 @@ class Summary:
                 gallery.want(entry[f"network_{run}"], [entry[f"image_id_{run}"]])
         for gallery in galleries:
             gallery.load()
-        classes = [
-            (network, name, int(count), same / count, moved / count)
-            for (network, _, name), (count, same, moved) in self.classes.items()
-            if count >= _MIN_IMAGES
-        ]
+        classes = self.shifts.table().to_pylist()
         return render(
             "comparison.html",
             {
@@ -110,8 +109,10 @@ class Summary:
                 "judges": {pair: one.name for pair, (one, _) in self.judges.items()},
                 "rows": self.rows,
                 "comparable": any(np.isfinite(row.changed) for row in self.rows.values()),
-                "classes": sorted(classes, key=lambda entry: -entry[4])[:_CLASSES],
-                "min_images": _MIN_IMAGES,
+                "classes": classes[:_CLASSES],
+                "tested": len(classes),
+                "elsewhere": [row["class_name"] for row in classes if row["elsewhere"]],
+                "min_images": MIN_IMAGES,
                 "changed": [self._pair(galleries, entry) for entry in shown[0]],
                 "moved": [self._pair(galleries, entry) for entry in shown[1]],
                 "changed_entries": self.changed.entries,

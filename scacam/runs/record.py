@@ -17,10 +17,14 @@ _FINGERPRINT = (
     "networks",
     "methods",
     "top_k",
+    "min_probability",
     "explain_label",
+    "embeddings",
     "view",
     "bfloat16",
     "box_threshold",
+    "metrics",
+    "steps",
 )
 
 _OLD_NETWORK = {"output_kind": "softmax"}

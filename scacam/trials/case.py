@@ -15,7 +15,7 @@ from scacam.networks import Network
 from scacam.trials.metrics import BASELINES
 from scacam.trials.perturbation import Pairs, edge_strength, ranks, same, upsampled
 
-__all__ = ["Case", "Claimant", "between_0_and_1", "normal"]
+__all__ = ["Case", "Tried", "between_0_and_1", "normal"]
 
 _CLAIMS: dict[str, Callable[[Tensor, Sequence[int], tuple[int, int]], Tensor]] = {
     "random_map": lambda images, seeds, cells: torch.stack(
@@ -30,7 +30,7 @@ _CLAIMS: dict[str, Callable[[Tensor, Sequence[int], tuple[int, int]], Tensor]] =
 """What each baseline says of images, given a number for each and the size of a method's maps."""
 
 
-class Claimant(NamedTuple):
+class Tried(NamedTuple):
     """Who says where a network looks: a method, at a layer, or a baseline.
 
     Attributes:
@@ -70,7 +70,7 @@ class Case:
 
     network: Network
     explainer: Explainer | None
-    claimants: Sequence[Claimant]
+    claimants: Sequence[Tried]
     images: Tensor
     dtype: torch.dtype
     class_ids: Tensor

@@ -11,7 +11,7 @@ from scacam.errors import ScacamError
 from scacam.explainer import Explainer
 from scacam.methods import METHODS
 from scacam.networks import Network
-from scacam.trials.case import Case, Claimant, claim, normal
+from scacam.trials.case import Case, Tried, claim, normal
 from scacam.trials.metrics import BASELINES, CURVES, chosen, measured
 from scacam.trials.trials import TRIALS
 
@@ -40,6 +40,16 @@ class Faithfulness:
     metrics: dict[str, np.ndarray]
     curves: dict[str, np.ndarray]
 
+    def of(self, images: np.ndarray) -> "Faithfulness":
+        """The same of some images alone: bool `[B]`."""
+        return Faithfulness(
+            self.claimants,
+            self.class_ids[images],
+            self.probability[images],
+            {name: values[images] for name, values in self.metrics.items()},
+            {name: values[images] for name, values in self.curves.items()},
+        )
+
     def mean(self) -> dict[str, dict[str, float]]:
         """The means over the images, by metric and claimant."""
         return {
@@ -54,7 +64,7 @@ class Trials:
     def __init__(
         self,
         network: Network,
-        claimants: Sequence[Claimant],
+        claimants: Sequence[Tried],
         metrics: Sequence[str] | None = None,
         steps: int = STEPS,
         batch_size: int = _BATCH,
@@ -72,15 +82,30 @@ class Trials:
             ScacamError: a metric is not known.
         """
         self.network = network
-        self.claimants = [*claimants, *map(Claimant, BASELINES)]
+        self.claimants = [*claimants, *map(Tried, BASELINES)]
         self.metrics = chosen(metrics)
         self.steps = steps
         self.batch_size = batch_size
         methods = [one.method for one in claimants if one.method is not None]
         self.explainer = Explainer(network, list(dict.fromkeys(methods)), top_k=1)
 
+    def of_arrays(
+        self,
+        images: Tensor,
+        heatmaps: Mapping[str, np.ndarray],
+        seeds: Sequence[int],
+        class_ids: np.ndarray,
+    ) -> Faithfulness:
+        """The same as a call, of maps as a run stores them."""
+        tensors = {name: torch.from_numpy(each) for name, each in heatmaps.items()}
+        return self(images, tensors, seeds, torch.from_numpy(class_ids))
+
     def __call__(
-        self, images: Tensor, heatmaps: Mapping[str, Tensor], seeds: Sequence[int]
+        self,
+        images: Tensor,
+        heatmaps: Mapping[str, Tensor],
+        seeds: Sequence[int],
+        class_ids: Tensor | None = None,
     ) -> Faithfulness:
         """Try the maps of a batch.
 
@@ -89,9 +114,10 @@ class Trials:
             heatmaps: of each claimant but the baselines, `[B, K, h, w]`, raw: of the top class, and
                 of those that follow.
             seeds: a number for each image, the same in every pass, which makes its random map.
+            class_ids: the top classes, int64 `[B]`; left out, as the network says now.
         """
         with torch.no_grad():
-            case = self._case(images, heatmaps, seeds)
+            case = self._case(images, heatmaps, seeds, class_ids)
             scores = {"probability": case.probability.double().cpu().numpy()[:, None]}
             for trial in dict.fromkeys(metric.needs for metric in self.metrics):
                 scores |= TRIALS[trial](case)
@@ -103,8 +129,15 @@ class Trials:
             {name: scores[name] for name in CURVES if name in scores},
         )
 
-    def _case(self, images: Tensor, heatmaps: Mapping[str, Tensor], seeds: Sequence[int]) -> Case:
-        probability, class_ids = self._probabilities(images).max(1)
+    def _case(
+        self,
+        images: Tensor,
+        heatmaps: Mapping[str, Tensor],
+        seeds: Sequence[int],
+        class_ids: Tensor | None,
+    ) -> Case:
+        said = self._probabilities(images)
+        top = said.argmax(1) if class_ids is None else class_ids.to(said.device)
         wide = images.to(torch.promote_types(images.dtype, torch.float32))
         maps = []
         for claimant in self.claimants:
@@ -120,8 +153,8 @@ class Trials:
             claimants=self.claimants,
             images=wide,
             dtype=images.dtype,
-            class_ids=class_ids,
-            probability=probability,
+            class_ids=top,
+            probability=said.gather(1, top[:, None])[:, 0],
             maps=[each[:, 0] for each in maps],
             others=[each[:, 1:] for each in maps],
             seeds=seeds,
@@ -174,5 +207,5 @@ def faithfulness(
         if any(metric.needs == "random_logit" for metric in chosen(metrics or [])):
             raise ScacamError("random_logit needs the maps of more classes than the top one")
         wanted = wanted or [one.name for one in chosen(None) if one.needs != "random_logit"]
-    trials = Trials(network, [Claimant(name, name) for name in full], wanted, steps)
+    trials = Trials(network, [Tried(name, name) for name in full], wanted, steps)
     return trials(images, full, range(len(images)))

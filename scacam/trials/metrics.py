@@ -27,7 +27,18 @@ from scacam.errors import ScacamError
 from scacam.evaluation.intervals import Row
 from scacam.evaluation.metrics import Metric, Scores
 
-__all__ = ["ALIKE", "BASELINES", "CURVES", "METRICS", "SANITY", "chosen", "insane", "measured"]
+__all__ = [
+    "ALIKE",
+    "BASELINES",
+    "CURVES",
+    "METRICS",
+    "SANITY",
+    "chosen",
+    "insane",
+    "measured",
+    "passes",
+    "verdict",
+]
 
 BASELINES = ("random_map", "center_gaussian", "edge_strength", "constant_map")
 """Maps that never looked at the network. They stand where the methods stand."""
@@ -172,3 +183,33 @@ def insane(rows: Iterable[Row]) -> dict[str, list[str]]:
         if row["metric"] in SANITY and row["method"] not in BASELINES and row["ci_low"] > ALIKE:
             failed.setdefault(row["method"], []).append(row["metric"])
     return failed
+
+
+def verdict(rows: Iterable[Row]) -> list[str]:
+    """Which methods fail which sanity check, in words: a line for each check that was made."""
+    rows = list(rows)
+    failed = insane(rows)
+    lines = []
+    for check, when in SANITY.items():
+        if not any(row["metric"] == check for row in rows):
+            continue
+        names = [method for method, checks in failed.items() if check in checks]
+        if names:
+            lines.append(f"maps hardly change {when}: {', '.join(names)}")
+        else:
+            lines.append(f"the maps of all methods change {when}")
+    return lines
+
+
+def passes(names: Sequence[str], claimants: int, steps: int) -> int:
+    """How many images a network is shown for one, at most: maps that are alike share them.
+
+    Args:
+        names: of metrics.
+        claimants: how many methods are tried.
+        steps: of deletion and insertion.
+    """
+    maps = claimants + len(BASELINES)
+    by_trial = {"deletion": maps * (steps - 1), "insertion": maps * (steps - 1) + 1}
+    by_trial |= {"masked": maps, "road": 18 * maps, "sensitivity": 10, "random_logit": 0}
+    return 1 + sum(by_trial.get(trial, 1) for trial in {METRICS[name].needs for name in names})

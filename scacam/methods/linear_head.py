@@ -1,0 +1,106 @@
+"""Maps for which others run the head again and again, in closed form behind a linear head.
+
+Where a head is pooling and one linear layer, what it would say without a channel, or of one cell
+alone, is known from its weights. These functions take features `[B, C, h, w]` and a `LinearHead`,
+and give raw maps `[B, K, h, w]` like those in `maps`.
+
+References:
+    Byun and Lee 2024, ReciproCAM.
+    Desai and Ramaswamy 2020, Ablation-CAM.
+    Zhang et al. 2025, Finer-CAM.
+"""
+
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from scacam.methods.gradients import Gradients, averaged, weigh
+
+__all__ = ["LinearHead", "ablation_cam", "finer_cam", "recipro_cam"]
+
+_REFERENCES, _STRENGTH = 3, 0.6
+"""Of Finer-CAM: how many classes are told apart from, and how much of their maps is taken off."""
+
+
+class LinearHead(NamedTuple):
+    """A head that is linear on pooled features, and what it said of a batch.
+
+    Attributes:
+        kind: `pooled` (pooling, then linear), `rectified` (a ReLU before the pooling) or `scores`
+            (a linear layer at each position, ReLU, then pooling).
+        weights: `[classes, C]`.
+        biases: `[classes]`.
+        logits: `[B, classes]`.
+        class_ids: of the explained classes, `[B, K]`.
+        gradients: of the logits of any classes `[B, R]` with respect to the features.
+        probabilities: from logits `[…, classes]`, over the last axis.
+        scores: where the kind is `scores`, those of each class before the ReLU,
+            `[B, classes, h, w]`; else None.
+    """
+
+    kind: Literal["pooled", "rectified", "scores"]
+    weights: Tensor
+    biases: Tensor
+    logits: Tensor
+    class_ids: Tensor
+    gradients: Callable[[Tensor], Gradients]
+    probabilities: Callable[[Tensor], Tensor]
+    scores: Tensor | None
+
+
+def recipro_cam(features: Tensor, head: LinearHead) -> Tensor:
+    """The probability of the class if the head saw one cell alone (Byun and Lee 2024).
+
+    All cells and classes are one product: `softmax(W A(i, j) / Z + b)` behind pooling. The map is
+    not scaled to between 0 and 1, and a network with independent labels has its sigmoid in place of
+    the softmax.
+    """
+    cells = features.shape[2] * features.shape[3]
+    if head.scores is not None:
+        # The other cells hold zeros, of which the score is the bias.
+        rest = (cells - 1) * head.biases.relu()
+        logits = (head.scores.flatten(2).mT.relu() + rest) / cells
+    else:
+        kept = features.relu() if head.kind == "rectified" else features
+        logits = kept.flatten(2).mT @ (head.weights.T / cells) + head.biases
+    probabilities = head.probabilities(logits).to(features.dtype).mT
+    chosen = head.class_ids[..., None].expand(-1, -1, cells)
+    return probabilities.gather(1, chosen).unflatten(2, features.shape[2:])
+
+
+def ablation_cam(features: Tensor, head: LinearHead) -> Tensor:
+    """`Σ_k (y - y without channel k) A_k`, before the ReLU (Desai and Ramaswamy 2020).
+
+    Not divided by the logit y, as in the paper, which changes the sign where that is negative. The
+    weights are `w_k mean(A_k)` behind pooling: there they are the channels' Shapley values, and
+    those of DeepLIFT, as well.
+    """
+    weights = head.weights[head.class_ids]
+    if head.scores is None:
+        kept = features.relu() if head.kind == "rectified" else features
+        return weigh(weights * kept.mean((2, 3))[:, None], features)
+    chosen = head.class_ids[..., None].expand(-1, -1, features[0, 0].numel())
+    scores = head.scores.flatten(2).gather(1, chosen)
+    channels = features.flatten(2)
+    drops = []
+    for of_class, weight in zip(scores.unbind(1), weights.unbind(1), strict=True):
+        without = (of_class[:, None] - weight[..., None] * channels).relu()
+        drops.append((of_class.relu()[:, None] - without).mean(2))
+    return weigh(torch.stack(drops, 1), features)
+
+
+def finer_cam(features: Tensor, head: LinearHead) -> Tensor:
+    """`m_c - 0.6 · mean(m_r)`, before the ReLU, of Grad-CAM's maps m (Zhang et al. 2025).
+
+    The references r are the three classes with the logits closest to that of c, or as many as there
+    are. It shows what speaks for the class and not for those that it is likely taken for.
+    """
+    explained = head.logits.gather(1, head.class_ids)
+    distances = (head.logits[:, None] - explained[..., None]).abs()
+    distances.scatter_(2, head.class_ids[..., None], torch.inf)
+    count = min(_REFERENCES, head.logits.shape[1] - 1)
+    references = distances.topk(count, dim=2, largest=False).indices
+    theirs = averaged(head.gradients(references.flatten(1))).unflatten(1, (-1, count)).mean(2)
+    return weigh(averaged(head.gradients(head.class_ids)) - _STRENGTH * theirs, features)
