@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scacam.errors import ScacamError
 from scacam.methods import METHODS, gap_cam, grad_cam
+from scacam.methods.channels import Channels, top_channels
 from scacam.methods.gradients import Gradients
 from scacam.methods.linear_head import LinearHead
 from scacam.networks import Network
@@ -155,19 +156,28 @@ class Explanation:
             does not support has no key.
         layers: the same and those of the network's earlier layers, by the name of the layer and
             method. Maps that have the finer layer's resolution stand under its name.
+        channels: those of the target layer that add most to the logits, if they were wanted.
+        pooled: `[B, C]`, the target layer's features averaged over its cells, after its ReLU
+            where the head has one before it pools.
     """
 
     logits: Tensor
     class_ids: Tensor
     heatmaps: dict[str, Tensor]
     layers: dict[str, dict[str, Tensor]]
+    channels: Channels | None
+    pooled: Tensor
 
 
 class Explainer:
     """Explains what a network says of images. Raises ScacamError for a method it does not know."""
 
     def __init__(
-        self, network: Network, methods: Sequence[str] | None = None, top_k: int = 5
+        self,
+        network: Network,
+        methods: Sequence[str] | None = None,
+        top_k: int = 5,
+        channels: int = 0,
     ) -> None:
         """Choose the methods (by default all that the network supports) and the classes.
 
@@ -175,6 +185,7 @@ class Explainer:
             network: the network to explain.
             methods: names from `scacam.methods.METHODS`; left out, all.
             top_k: how many of the most probable classes to explain, at most all.
+            channels: how many of the channels that add most to a class to name, at most all.
         """
         unknown = [name for name in methods or () if name not in METHODS]
         if unknown:
@@ -185,6 +196,7 @@ class Explainer:
         self.methods = tuple(name for name in methods or METHODS if network.supports(name))
         self.layers = network.methods_by_layer(methods or tuple(METHODS))
         self.top_k = min(top_k, network.num_classes)
+        self.channels = channels
 
     def __call__(self, images: Tensor, labels: Tensor | None = None) -> Explanation:
         """Explain a batch.
@@ -218,7 +230,14 @@ class Explainer:
                 }
                 for layer, names in self.layers.items()
             }
-        return Explanation(seen.logits, seen.class_ids, heatmaps, layers)
+            channels = None
+            if self.channels:
+                channels = top_channels(seen.features, seen.gradients, self.channels)
+            features = seen.features
+            if self.network.head.kind == "rectified":
+                features = features.clip(min=0)
+            pooled = features.mean((2, 3))
+        return Explanation(seen.logits, seen.class_ids, heatmaps, layers, channels, pooled)
 
 
 def _is_finer(method: str) -> bool:

@@ -6,24 +6,34 @@ Plain Arrow types only, so that any Parquet reader opens a shard without scacam.
 """
 
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
 
 __all__ = [
     "BOXES",
+    "CHANNELS",
     "ERRORS",
     "EXPLANATION",
     "IMAGE",
     "INDEX",
     "MANIFEST",
+    "NETWORK",
+    "PREDICTION",
     "SCHEMA_VERSION",
+    "SHARDED",
     "claimant_names",
+    "embeddings",
+    "embeddings_folder",
     "explanations",
     "explanations_folder",
+    "network_path",
     "pack_heatmaps",
+    "predictions",
+    "predictions_folder",
     "stacked",
+    "unfolded",
     "unpack_heatmaps",
 ]
 
@@ -103,6 +113,41 @@ EXPLANATION = pa.schema(
 """One explanation, its heatmap still flat; stored, it is a `fixed_shape_tensor` of its shape."""
 
 
+CHANNELS = 32
+"""So many channels are stored of the top class and of the label, those that add most to it."""
+
+PREDICTION = pa.schema(
+    [
+        ("class_id", pa.int32()),
+        ("class_name", pa.string()),
+        ("rank", pa.int16()),
+        ("probability", pa.float32()),
+        ("logit", pa.float32()),
+        ("channel_ids", pa.list_(pa.int16())),
+        ("channel_contributions", pa.list_(pa.float16())),
+        ("channel_cells", pa.list_(pa.int16())),
+    ]
+)
+"""One explained class. The channels, the one that adds most first, are null but for the top class
+and the label; cells are those of the feature map where each is largest, counted by rows."""
+
+_OF_IMAGE = ["image_id", "uri", "label"]
+_PREDICTED = _OF_IMAGE + PREDICTION.names
+
+NETWORK = pa.schema(
+    [
+        ("class_id", pa.int32()),
+        ("class_name", pa.string()),
+        ("bias", pa.float32()),
+        ("weights", pa.list_(pa.float32())),
+    ]
+)
+"""The classes of a network; weights and biases are null where it has no class weights."""
+
+SHARDED = ("explanations", "predictions", "embeddings", "errors")
+"""The folders below an output in which shards lie, at any depth."""
+
+
 def pack_heatmaps(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Store maps in half precision without underflow.
 
@@ -141,6 +186,59 @@ def claimant_names(
 def explanations_folder(network: str, layer: str) -> str:
     """Where the explanations of a network's layer lie, below the output."""
     return f"explanations/network={network}/layer={layer}"
+
+
+def predictions_folder(network: str) -> str:
+    """Where the predictions of a network lie, below the output."""
+    return f"predictions/network={network}"
+
+
+def embeddings_folder(network: str) -> str:
+    """Where the pooled features of a network lie, below the output."""
+    return f"embeddings/network={network}"
+
+
+def network_path(network: str) -> str:
+    """Where the class weights of a network lie, below the output."""
+    return f"networks/{network}.parquet"
+
+
+def predictions(images: pa.Table, lists: pa.ListArray) -> pa.Table:
+    """Unfold images into rows, one per class.
+
+    Args:
+        images: the columns of `IMAGE`, one row per image.
+        lists: for each image the list of its predictions, structs as in `PREDICTION`.
+    """
+    rows = pa.Table.from_struct_array(lists.flatten())
+    parents = images.select(_OF_IMAGE).take(lists.value_parent_indices())
+    return pa.table({name: (parents if name in _OF_IMAGE else rows)[name] for name in _PREDICTED})
+
+
+def embeddings(images: pa.Table, lists: pa.ListArray) -> pa.Table:
+    """The pooled features of images, as they are stored.
+
+    Args:
+        images: the columns of `IMAGE`, one row per image.
+        lists: their features, float16, equally many of each.
+    """
+    values = lists.flatten()
+    vectors = pa.FixedSizeListArray.from_arrays(values, len(values) // len(images))
+    return images.select(_OF_IMAGE).append_column("embedding", vectors)
+
+
+def unfolded(images: pa.Table, folder: str, map_shapes: Mapping[str, tuple[int, int]]) -> pa.Table:
+    """The rows of images that belong into a folder, from the column of that name.
+
+    Args:
+        images: at least one.
+        folder: of explanations, predictions or embeddings.
+        map_shapes: height and width of the heatmaps, by the folders of explanations.
+    """
+    lists = images[folder].combine_chunks()
+    if folder in map_shapes:
+        return explanations(images, lists, map_shapes[folder])
+    return (embeddings if folder.startswith("embeddings/") else predictions)(images, lists)
 
 
 def explanations(images: pa.Table, lists: pa.ListArray, shape: tuple[int, int]) -> pa.Table:

@@ -31,7 +31,7 @@ LAYERS = ("explanations/network=a/layer=1", "explanations/network=a/layer=2")
 def start(source: str, output: str, *arguments: str, environment: dict[str, str] | None = None):
     """The job as a person starts it."""
     command = [sys.executable, "jobs/explain.py", "--input", source, "--output", output]
-    command += ["--methods", "grad_cam", "sca_cam", "--top-k", "2", *arguments]
+    command += ["--methods", "grad_cam", "sca_cam", "--top-k", "2", "--embeddings", *arguments]
     if "--networks" not in arguments:
         command += ["--networks", "resnet18=random"]
     return subprocess.Popen(

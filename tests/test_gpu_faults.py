@@ -51,6 +51,7 @@ def stage(network, sizes: list[int], error: Exception | None = None) -> Explain:
         methods=list(METHODS),
         top_k=1,
         explain_label=False,
+        embeddings=False,
         sampling=0,
         bfloat16=False,
         last_use=True,

@@ -188,11 +188,13 @@ def test_the_proof_wants_every_layer_whole(run: scacam.Run) -> None:
             prove(run.path, networks, 7)
 
     pq.write_table(whole.slice(1), shard)
-    refused("has 1 of 2 methods of class 0 of image 3")
+    refused("has not every method once, of class 0 of image 3")
     pq.write_table(whole.slice(2), shard)
     refused("layer _fine.0 of one, 1 images are there neither .*, the first is image 3")
     pq.write_table(pa.concat_tables([whole, whole.slice(0, 1)]), shard)
-    refused(r"_fine.0/1.parquet has an \(image, class, method\) twice")
+    refused("_fine.0/1.parquet has not every method once, of class 0 of image 3")
+    pq.write_table(pa.concat_tables([whole.slice(0, 1), whole.slice(0, 1), whole.slice(2)]), shard)
+    refused("_fine.0/1.parquet has not every method once, of class 0 of image 3")
     shutil.copy(out / "explanations/network=one/layer=features/1.parquet", shard)
     refused("has rows of grad_cam, which this layer has not")
     shutil.rmtree(shard.parent)
@@ -230,6 +232,9 @@ def test_evaluation_tells_layers_apart(run: scacam.Run, boxes: str) -> None:
     page = Path(report.run(run=run.path).path).read_text()
     for name in ("sca_cam (_fine.0)", "sca_cam (features)", "extent_cam"):
         assert f"<code>{name}</code>" in page
+    order = ["sca_cam (features)", "extent_cam", "grad_cam", "sca_cam (_fine.0)"]
+    places = [page.index(f'alt="{name} of one') for name in order]
+    assert places == sorted(places)
 
 
 def test_masks_are_measured_layer_by_layer(run: scacam.Run, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "BORDER_AREA",
     "CORNER_AREA",
     "border_cells",
+    "box_cells",
     "corner_cells",
     "coverage",
     "fixed_place",
@@ -34,16 +35,18 @@ def coverage(objects: TrueBoxes, maps: TopMaps) -> np.ndarray:
     chosen = first + np.flatnonzero(np.isin(objects.image_ids[first:last], ids))
     images = np.searchsorted(ids, objects.image_ids[chosen])
     views = maps.rectangles("view")[images]
-    covers = []
-    for axis, length in ((1, height), (0, width)):
-        start, size = views[:, axis], views[:, axis + 2] - views[:, axis]
-        low, high = (
-            (objects.boxes[chosen, side] - start) / size * length for side in (axis, axis + 2)
-        )
-        covers.append(_overlap(length, low[:, None], high[:, None]))
+    start, size = views[:, [0, 1, 0, 1]], (views[:, 2:] - views[:, :2])[:, [0, 1, 0, 1]]
+    boxes = (objects.boxes[chosen] - start) / size * [width, height, width, height]
     covered = np.full((count, height, width), -1.0)
-    np.maximum.at(covered, images, covers[0][:, :, None] * covers[1][:, None, :])
+    np.maximum.at(covered, images, box_cells(boxes, height, width))
     return np.where(covered < 0, np.nan, covered)
+
+
+def box_cells(boxes: np.ndarray, height: int, width: int) -> np.ndarray:
+    """How much of each cell of a map lies in boxes `[M, 4]`, given in cells: `[M, h, w]`."""
+    rows = _overlap(height, boxes[:, 1, None], boxes[:, 3, None])
+    columns = _overlap(width, boxes[:, 0, None], boxes[:, 2, None])
+    return rows[:, :, None] * columns[:, None, :]
 
 
 def border_cells(height: int, width: int) -> np.ndarray:

@@ -19,7 +19,7 @@ from scacam.pipeline.cluster import keep_freed_memory
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Explain
 from scacam.pipeline.localize import Localize
-from scacam.tables import explanations, explanations_folder
+from scacam.tables import explanations_folder, unfolded
 
 __all__ = ["Estimate", "estimate", "timed"]
 
@@ -130,6 +130,7 @@ def estimate(
     feeding: dict[str, float] = {}
     explaining: dict[str, float] = {}
     map_shapes: dict[str, tuple[int, int]] = {}
+    folders: list[str] = []
 
     batch, feeding["decode"] = timed(decode, batch)
     for network, arguments in zip(networks, explain, strict=True):
@@ -138,13 +139,14 @@ def estimate(
         batch, explaining[network.name] = timed(stage, batch)
         for layer in stage.explainer.layers:
             map_shapes[explanations_folder(network.name, layer)] = network.map_shape(layer)
+        folders += stage.columns
     batch, feeding["localize"] = timed(localize, batch)
     good = batch.filter(pc.is_null(batch["error"]))
     if not len(good):
         first = f"{batch['uri'][0]}: {batch['message'][0]}"
         raise RunError(f"none of {len(batch)} sampled images can be explained; the first, {first}")
     share = len(good) / len(batch)
-    output = sum(_stored(good, *layer) for layer in map_shapes.items()) / len(batch)
+    output = sum(_stored(unfolded(good, folder, map_shapes)) for folder in folders) / len(batch)
     return Estimate(
         images=len(manifest),
         failed=1 - share,
@@ -165,10 +167,8 @@ def timed(stage: Callable[[pa.Table], pa.Table], batch: pa.Table) -> tuple[pa.Ta
     return after, (time.perf_counter() - began) / len(batch)
 
 
-def _stored(batch: pa.Table, folder: str, map_shape: tuple[int, int]) -> int:
-    lists = batch[folder].combine_chunks()
+def _stored(rows: pa.Table) -> int:
     buffer = io.BytesIO()
-    rows = explanations(batch, lists, map_shape)
     pyarrow.parquet.write_table(rows, buffer, compression="zstd")
     return buffer.tell()
 

@@ -37,10 +37,11 @@ from scacam.networks import Network
 from scacam.pipeline.cluster import allot, await_nodes, ray_starting, start_ray
 from scacam.pipeline.stream import explain, speed, stages
 from scacam.runs import lifecycle
-from scacam.runs.describe import describe_network, describe_run
+from scacam.runs.describe import class_weights, describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output
 from scacam.runs.lock import locked
 from scacam.runs.proof import prove
+from scacam.storage.parquet import write_table
 
 logger = logging.getLogger("scacam")
 
@@ -73,6 +74,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--explain-label", action="store_true", help="explain the labelled class as well"
+    )
+    parser.add_argument(
+        "--embeddings", action="store_true", help="store each image's pooled features as well"
     )
     parser.add_argument(
         "--view",
@@ -178,6 +182,7 @@ def run(
     top_k: int = 5,
     min_probability: float | None = None,
     explain_label: bool = False,
+    embeddings: bool = False,
     view: ViewName = "center_crop",
     bfloat16: bool = False,
     batch_size: int | None = None,
@@ -233,11 +238,13 @@ def explain_all(
 ) -> tuple[dict[str, Any], list[str]]:
     """Explain what is not explained yet, and prove the run; its record, and what was done."""
     started = time.monotonic()
+    for network in networks:
+        write_table(*class_weights(options.output, network))
     gpus = await_nodes(options.gpus)
     costs = [seconds_per_image(network) for network in networks]
     allotments = allot(costs, gpus)
     counts = explain(options, record, networks, costs, allotments)
-    proof = prove(options.output, record["networks"], images)
+    proof = prove(options.output, record["networks"], images, record["embeddings"])
     seconds = time.monotonic() - started
     record |= {
         "status": "complete",
@@ -306,6 +313,7 @@ def describe(
         "top_k": options.top_k,
         "min_probability": options.min_probability,
         "explain_label": options.explain_label,
+        "embeddings": options.embeddings,
         "view": options.view,
         "bfloat16": options.bfloat16,
     }

@@ -114,6 +114,11 @@ class Network:
         """`[classes, C]`, from pooled channels to logits; None if the classifier is not linear."""
         return self.head.class_weights(self.module)
 
+    @property
+    def class_biases(self) -> Tensor | None:
+        """`[classes]`, what the classifier adds; zeros without any, None as of class weights."""
+        return None if self.head.classifier is None else self.head.biases(self.module)
+
     def class_name(self, class_id: int) -> str:
         """The name of a class; "class 7" where the categories are not known."""
         return f"class {class_id}" if self.categories is None else self.categories[class_id]

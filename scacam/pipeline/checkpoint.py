@@ -22,6 +22,7 @@ from ray.data.datasource import Datasource, ReadTask
 from scacam.runs.lifecycle import ID, checkpoint_path
 from scacam.storage import join, locate, read_ahead
 from scacam.storage.parquet import read_columns
+from scacam.tables import SHARDED
 
 __all__ = ["checkpoint", "images_of"]
 
@@ -100,7 +101,7 @@ class Checkpoint(CheckpointManager):
         folders: where the shards are, below what the sink writes to.
     """
 
-    folders = ("explanations", "errors")
+    folders: tuple[str, ...] = SHARDED
 
     def load_checkpoint(
         self,

@@ -11,7 +11,15 @@ import pyarrow as pa
 
 from scacam.pipeline.progress import BLANK, Held, fall, hold, taken_up
 from scacam.pipeline.rows import Failure, list_column, set_failures, tensors
-from scacam.tables import EXPLANATION, explanations_folder, pack_heatmaps
+from scacam.tables import (
+    CHANNELS,
+    EXPLANATION,
+    PREDICTION,
+    embeddings_folder,
+    explanations_folder,
+    pack_heatmaps,
+    predictions_folder,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -25,6 +33,7 @@ _Seen = TypeVar("_Seen")
 _BATCH_ON_CPU, _BATCH_ON_GPU = 16, 64
 """On one thread, torch leaves 1 × 1 convolutions to oneDNN from 16 images on: a third faster."""
 
+_LARGEST = 65504.0
 _DEATHS_PROVE = 2
 """So many processes that died while they looked at one image alone, and the image is to blame."""
 
@@ -38,13 +47,22 @@ class _Explained(NamedTuple):
     """What the network says of N images and K classes of each.
 
     Attributes:
-        class_ids, probabilities: `[N, K]`.
+        class_ids, probabilities, logits: `[N, K]`.
         heatmaps: by layer, `[N, K, methods, h, w]`.
+        channels: ids, contributions and cells of those that add most, `[N, K, M]` each.
+        pooled: `[N, C]`, in half precision.
     """
 
     class_ids: np.ndarray
     probabilities: np.ndarray
+    logits: np.ndarray
     heatmaps: dict[str, np.ndarray]
+    channels: tuple[np.ndarray, np.ndarray, np.ndarray]
+    pooled: np.ndarray
+
+
+_Lists = dict[str, tuple[pa.Array, np.ndarray]]
+"""What is passed on of some images, by column: the values of all, and how many each has."""
 
 
 class Holder:
@@ -194,6 +212,7 @@ class Explain(Holder):
         methods: Sequence[str],
         top_k: int,
         explain_label: bool,
+        embeddings: bool,
         min_probability: float | None = None,
         **more: Any,
     ) -> None:
@@ -204,6 +223,7 @@ class Explain(Holder):
             methods: the methods to compute, of which unsupported ones are left out.
             top_k: how many classes to explain.
             explain_label: whether to explain the labelled class as well.
+            embeddings: whether to pass the pooled features on.
             min_probability: leave out classes that are less probable, but for the most probable
                 one and the label.
             more: as `Holder` takes it.
@@ -211,9 +231,17 @@ class Explain(Holder):
         from scacam.explainer import Explainer
 
         super().__init__(load, **more)
-        self.explainer = Explainer(self.network, methods, top_k)
+        self.explainer = Explainer(self.network, methods, top_k, CHANNELS)
         self.explain_label = explain_label
         self.min_probability = min_probability or 0
+        name = self.network.name
+        self.columns: dict[str, pa.DataType] = {
+            explanations_folder(name, layer): pa.struct(EXPLANATION)
+            for layer in self.explainer.layers
+        }
+        self.columns[predictions_folder(name)] = pa.struct(PREDICTION)
+        if embeddings:
+            self.columns[embeddings_folder(name)] = pa.float16()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Explain one block, some images at a time."""
@@ -221,26 +249,22 @@ class Explain(Holder):
             return batch
         with taken_up(self.tally, f"explain {self.network.name}", batch) as deaths:
             failures: dict[int, Failure] = {}
-            layers = self.explainer.layers
-            structs: dict[str, list[pa.StructArray]] = {layer: [] for layer in layers}
-            classes = np.zeros(len(batch), dtype=np.int64)
-            for done, by_layer, counts in self._explained(batch, deaths, failures):
-                for layer, struct in by_layer.items():
-                    structs[layer].append(struct)
-                classes[done] = counts
+            parts = list(self._explained(batch, deaths, failures))
             if failures:
                 batch = set_failures(batch, failures)
             batch = self.without_pixels(batch)
-            for layer, methods in layers.items():
-                column = list_column(structs[layer], classes * len(methods))
-                name = explanations_folder(self.network.name, layer)
+            for name, kind in self.columns.items():
+                lengths = np.zeros(len(batch), dtype=np.int64)
+                for rows, lists in parts:
+                    lengths[rows] = lists[name][1]
+                column = list_column([lists[name][0] for _, lists in parts], lengths, kind)
                 batch = batch.append_column(name, column)
             return batch
 
     def _explained(
         self, batch: pa.Table, deaths: Sequence[Held], failures: dict[int, Failure]
-    ) -> Iterator[tuple[np.ndarray, dict[str, pa.StructArray], np.ndarray]]:
-        """Some rows at a time, their explanations by layer, and how many classes each row has."""
+    ) -> Iterator[tuple[np.ndarray, _Lists]]:
+        """Some rows at a time, and what is passed on of them."""
         samples = tensors(batch[f"pixels {self.sampling}"])
         views = tensors(batch[f"view {self.sampling}"])
         labels = batch["label"].fill_null(-1).to_numpy()
@@ -257,11 +281,7 @@ class Explain(Holder):
             for row in chosen[~finite]:
                 failures[int(row)] = Failure(self.stage, "not_finite", message)
             kept = self._kept(explained, labels[chosen], finite)
-            structs = {
-                layer: self._structs(explained, layer, views[chosen], kept)
-                for layer in explained.heatmaps
-            }
-            yield chosen, structs, kept.sum(1)
+            yield chosen, self._lists(explained, views[chosen], kept)
 
     def _explain(self, samples: np.ndarray, labels: np.ndarray) -> "_Explained":
         import torch
@@ -271,14 +291,22 @@ class Explain(Holder):
         wanted = torch.from_numpy(labels.clip(min=0)).long().to(self.device)
         explanation = self.explainer(images, wanted if self.explain_label else None)
         probabilities = self.network.probabilities(explanation.logits)
-        probabilities = probabilities.gather(1, explanation.class_ids)
+        class_ids, channels = explanation.class_ids, explanation.channels
+        assert channels is not None
         return _Explained(
-            explanation.class_ids.cpu().numpy(),
-            probabilities.cpu().numpy(),
+            class_ids.cpu().numpy(),
+            probabilities.gather(1, class_ids).cpu().numpy(),
+            explanation.logits.float().gather(1, class_ids).cpu().numpy(),
             {
                 layer: torch.stack(list(maps.values()), dim=2).float().cpu().numpy()
                 for layer, maps in explanation.layers.items()
             },
+            (
+                channels.ids.short().cpu().numpy(),
+                _halved(channels.contributions).cpu().numpy(),
+                channels.cells.short().cpu().numpy(),
+            ),
+            _halved(explanation.pooled).cpu().numpy(),
         )
 
     def _kept(self, explained: "_Explained", labels: np.ndarray, finite: np.ndarray) -> np.ndarray:
@@ -290,6 +318,45 @@ class Explain(Holder):
             kept |= labelled
             kept[:, -1] = (labels >= 0) & ~labelled[:, :-1].any(1)
         return kept & finite[:, None]
+
+    def _lists(self, explained: "_Explained", views: np.ndarray, kept: np.ndarray) -> _Lists:
+        """What is passed on, by column: the values, and how many of them each image has."""
+        name, classes = self.network.name, kept.sum(1)
+        found: _Lists = {}
+        for layer, methods in self.explainer.layers.items():
+            structs = self._structs(explained, layer, views, kept)
+            found[explanations_folder(name, layer)] = structs, classes * len(methods)
+        found[predictions_folder(name)] = self._predictions(explained, kept), classes
+        count, channels = explained.pooled.shape
+        vectors = pa.array(explained.pooled.reshape(-1)), np.full(count, channels)
+        found[embeddings_folder(name)] = vectors
+        return found
+
+    def _predictions(self, explained: "_Explained", kept: np.ndarray) -> pa.StructArray:
+        """The classes of a batch, as structs."""
+        ranks = np.tile(np.arange(1, kept.shape[1] + 1), (len(kept), 1))[kept]
+        of_label = ranks > self.explainer.top_k
+        named = (ranks == 1) | of_label
+        ids = explained.class_ids[kept]
+        many = explained.channels[0].shape[2]
+        offsets = pa.array(
+            np.concatenate([[0], (many * named).cumsum()]),
+            pa.int32(),
+            mask=np.append(~named, [False]),
+        )
+        channels = (
+            pa.ListArray.from_arrays(offsets, values[kept][named].reshape(-1))
+            for values in explained.channels
+        )
+        columns = (
+            ids.astype(np.int32),
+            [self.network.class_name(i) for i in ids],
+            pa.array(ranks.astype(np.int16), mask=of_label),
+            explained.probabilities[kept],
+            explained.logits[kept],
+            *channels,
+        )
+        return pa.table(list(columns), schema=PREDICTION).to_struct_array().combine_chunks()
 
     def _structs(
         self, explained: "_Explained", layer: str, views: np.ndarray, kept: np.ndarray
@@ -347,6 +414,11 @@ def settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, i
         torch.set_num_threads(1)  # there are as many actors as cores
     network.module.to(device)
     return device, batch_size or (_BATCH_ON_GPU if device.type == "cuda" else _BATCH_ON_CPU)
+
+
+def _halved(values: "torch.Tensor") -> "torch.Tensor":
+    """In half precision, whose largest number stands for what is larger."""
+    return values.clip(-_LARGEST, _LARGEST).half()
 
 
 def _one_by_one(rows: np.ndarray) -> list[np.ndarray]:

@@ -1,10 +1,9 @@
 """What the stages of the explain job pass on: one row per image, all the way.
 
 A stage takes a table and returns it with more columns. What goes wrong with an image is written
-into its row (`stage`, `error`, `message`), and the later stages pass it by. The explanations of a
-layer of a network lie in a column that is called as the folder in which they will be stored
-(`scacam.tables.explanations_folder`): for each image a list of structs as in
-`scacam.tables.EXPLANATION`.
+into its row (`stage`, `error`, `message`), and the later stages pass it by. What a network says
+lies in columns that are called as the folders in which it will be stored (`scacam.tables`): for
+each image a list of structs as in `EXPLANATION` or `PREDICTION`, or its embedding.
 """
 
 import math
@@ -26,6 +25,8 @@ __all__ = [
     "set_failures",
     "tensors",
 ]
+
+_EXPLANATION = pa.struct(EXPLANATION)
 
 
 class Failure(NamedTuple):
@@ -68,9 +69,9 @@ def tensors(column: pa.ChunkedArray) -> np.ndarray:
 
 
 def list_column(
-    structs: list[pa.StructArray], lengths: np.ndarray, schema: pa.Schema = EXPLANATION
+    parts: list[pa.Array], lengths: np.ndarray, kind: pa.DataType = _EXPLANATION
 ) -> pa.ListArray:
-    """Explanations in row order as one list per row, given how many each row has."""
+    """Values of one type, in row order, as one list per row, given how many each row has."""
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
-    values = pa.concat_arrays(structs) if structs else pa.array([], pa.struct(schema))
+    values = pa.concat_arrays(parts) if parts else pa.array([], kind)
     return pa.ListArray.from_arrays(offsets, values)

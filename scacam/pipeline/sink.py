@@ -1,7 +1,7 @@
 """The end of the stream: images unfold into shards of explanations, failures into errors."""
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Any
@@ -16,15 +16,16 @@ from scacam.errors import RunError
 from scacam.pipeline.progress import taken_up
 from scacam.storage import join, locate, patiently
 from scacam.storage.parquet import write_table
-from scacam.tables import ERRORS, explanations
+from scacam.tables import ERRORS, unfolded
 
 __all__ = ["ShardSink"]
 
 _ENOUGH_TO_JUDGE = 100
+_PLAIN = ("heatmap", "channel_contributions", "embedding")
 
 
 class ShardSink(BlockBasedFileDatasink):
-    """Writes one shard per task, network and layer, and one of errors if there are any.
+    """Writes one shard per task and folder, and one of errors if there are any.
 
     Every file is named after its task: a task that runs again overwrites its own files, and Ray
     Data's checkpoint finds the files of a task that was cut off.
@@ -42,6 +43,7 @@ class ShardSink(BlockBasedFileDatasink):
         tally: Any,
         max_error_rate: float,
         explained_before: int = 0,
+        further: Sequence[str] = (),
     ) -> None:
         """Write below an output.
 
@@ -51,12 +53,13 @@ class ShardSink(BlockBasedFileDatasink):
             tally: the `progress.Tally` actor.
             max_error_rate: the share of errors among the images so far above which to give up.
             explained_before: images explained before, of a run whose errors are tried again.
+            further: folders of predictions and embeddings.
         """
         filesystem, path = locate(output)
         super().__init__(path, filesystem=filesystem, file_format="parquet", try_create_dir=False)
         self.output = output
         self.map_shapes = map_shapes
-        self.folders = list(map_shapes)
+        self.folders = [*map_shapes, *further]
         self.tally = tally
         self.max_error_rate = max_error_rate
         self.explained_before = explained_before
@@ -87,7 +90,7 @@ class ShardSink(BlockBasedFileDatasink):
 
     def unfolded(self, images: pa.Table, folder: str) -> pa.Table:
         """The rows of some images that belong into a folder, from the column of that name."""
-        return explanations(images, images[folder].combine_chunks(), self.map_shapes[folder])
+        return unfolded(images, folder, self.map_shapes)
 
     def _judge(self, images: int, errors: pa.Table) -> None:
         """Give up on a run in which too much fails, before it has gone through all images."""
@@ -109,7 +112,7 @@ class ShardSink(BlockBasedFileDatasink):
     def _write_shard(self, folder: str, name: str, rows: pa.Table) -> None:
         path = join(self.output, folder, name)
         if len(rows):
-            write_table(path, rows, plain=["heatmap"])
+            write_table(path, rows, plain=_PLAIN)
         else:  # an earlier attempt of this task may have had such rows
             filesystem, inner_path = locate(path)
             with suppress(FileNotFoundError):

@@ -27,7 +27,7 @@ from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.rows import bytes_per_image, sampling_of
 from scacam.pipeline.sink import ShardSink
 from scacam.storage import OUT_OF_REACH, absolute
-from scacam.tables import explanations_folder
+from scacam.tables import embeddings_folder, explanations_folder, predictions_folder
 
 if TYPE_CHECKING:
     from scacam.networks import Network
@@ -49,6 +49,7 @@ def stages(
             "top_k": options.top_k,
             "min_probability": options.min_probability,
             "explain_label": options.explain_label,
+            "embeddings": options.embeddings,
             "sampling": sampling,
             "bfloat16": options.bfloat16,
             "last_use": sampling not in uses[index + 1 :],
@@ -68,6 +69,23 @@ def stages(
         tally=tally,
     )
     return Decode(samplings, options.view, tally), pools, localize
+
+
+def _map_shapes(
+    options: SimpleNamespace, networks: Sequence["Network"]
+) -> dict[str, tuple[int, int]]:
+    """Height and width of the heatmaps, by the folder of explanations."""
+    return {
+        explanations_folder(network.name, layer): network.map_shape(layer)
+        for network in networks
+        for layer in network.methods_by_layer(options.methods)
+    }
+
+
+def _further(options: SimpleNamespace, networks: Sequence["Network"]) -> list[str]:
+    """The folders of what is stored beside explanations."""
+    kinds = (predictions_folder, *((embeddings_folder,) if options.embeddings else ()))
+    return [folder(network.name) for network in networks for folder in kinds]
 
 
 def prepare(checkpoint: CheckpointConfig) -> ray.data.DataContext:
@@ -120,14 +138,11 @@ def explain(
     )
     sink = ShardSink(
         output,
-        {
-            explanations_folder(network.name, layer): network.map_shape(layer)
-            for network in networks
-            for layer in network.methods_by_layer(options.methods)
-        },
+        _map_shapes(options, networks),
         tally,
         options.max_error_rate,
         record.get("explained", 0),  # by a complete run, whose errors are tried again
+        _further(options, networks),
     )
     with shown(tally, record["images"]):
         try:

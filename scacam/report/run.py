@@ -20,6 +20,7 @@ from scacam.audit.likeness import flattened, standard_ranks
 from scacam.drawing import colours
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
+from scacam.report.faithfulness import faithfulness, least_faithful
 from scacam.report.gallery import Gallery, share
 from scacam.report.html import Picture, encoded, render
 from scacam.report.sections import (
@@ -34,6 +35,7 @@ __all__ = ["report"]
 
 _SPREAD, _MATRIX, _LOPSIDED = 3, 48, 20
 _RANKED, _PAIRS, _ENDS, _OF_CLASS, _PER_CLASS = 10, 4, 5, 12, 4
+_LOCALIZER = "extent_cam"
 _CLASSES_SHOWN, _CLASSES_LISTED, _ERRORS_LISTED, _THUMBNAIL = 5, 100, 20, 120
 
 
@@ -63,8 +65,13 @@ class _Content:
             network.network: best_and_worst(run, network.network, network.judge, _ENDS)
             for network in self.networks
         }
+        self.least = {
+            network.network: least_faithful(run, network.network, network.judge, _ENDS)
+            for network in self.networks
+        }
         for network in self.networks:
             listed = network.suspects[:_RANKED] + network.disputed[:_PAIRS]
+            listed += self.least[network.network]
             listed += [entry for end in self.ends[network.network] for entry in end]
             self.gallery.want(network.network, [*self.spread, *_ids(listed)])
             for image_ids in self.examples[network.network].values():
@@ -87,6 +94,7 @@ class _Content:
             ],
             "weights": class_activation_weights(self.run),
             "localization": localization(self.run),
+            "faithfulness": faithfulness(self.run),
             "pairs": [self._pair(pair) for pair in self.found.pairs],
             "border_area": BORDER_AREA,
             "corner_area": CORNER_AREA,
@@ -175,6 +183,7 @@ class _Content:
             "images_of_class": self._images_of_class(network, one_class) if one_class else [],
             "suspects": [self._ranked(network, entry) for entry in network.suspects[:_RANKED]],
             "ends": [self._localized(network, end) for end in self.ends[network.network]],
+            "least": [self._least(network, entry) for entry in self.least[network.network]],
             "disputed": [self._disputed(network, entry) for entry in network.disputed[:_PAIRS]],
         }
 
@@ -227,7 +236,7 @@ class _Content:
         panels = []
         photo = None
         for network in self.networks:
-            found = self.gallery.tops(network.network, image_id, network.methods)
+            found = self.gallery.tops(network.network, image_id, _in_order(network))
             if found:
                 photo = photo or self.gallery.photo(found[0])
                 panels.append(
@@ -243,7 +252,7 @@ class _Content:
     def _top_classes(self, network: NetworkAudit, image_id: int) -> dict[str, list[Picture]]:
         """The top classes of one image, each claimant on one scale: the judge, and extent_cam."""
         found = {}
-        for claimant in dict.fromkeys((network.judge.name, "extent_cam")):
+        for claimant in dict.fromkeys((network.judge.name, _LOCALIZER)):
             rows = self.gallery.rows(network.network, image_id, claimant)
             top = self._common_maximum(rows)
             pictures = [self.gallery.overlay(row, [self.gallery.title(row)], top) for row in rows]
@@ -280,6 +289,12 @@ class _Content:
                     pictures.append(self.gallery.overlay(row, lines))
         return pictures
 
+    def _least(self, network: NetworkAudit, entry: dict[str, Any]) -> Picture:
+        """An image whose map is least faithful."""
+        row = self.gallery.top(network.network, entry["image_id"], network.judge.name)
+        why = f"insertion {entry['insertion_auc']:.0%}, deletion {entry['deletion_auc']:.0%}"
+        return self.gallery.overlay(row, [self.gallery.title(row), why, self.gallery.truth(row)])
+
     def _disputed(self, network: NetworkAudit, entry: dict[str, Any]) -> list[Picture]:
         """The two methods that agree least about an image."""
         rows = self.gallery.tops(network.network, entry["image_id"], network.methods)
@@ -313,6 +328,13 @@ class _Content:
                 ]
             )
         return {"audit": pair, "pictures": pictures}
+
+
+def _in_order(network: NetworkAudit) -> list[str]:
+    """The methods of a network, the one that localizes beside the one that judges."""
+    judge = network.judge.name
+    order = {name: index for index, name in enumerate(network.methods)}
+    return sorted(order, key=lambda name: order[judge] + 0.5 if name == _LOCALIZER else order[name])
 
 
 _WORRIES = {

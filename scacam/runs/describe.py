@@ -13,10 +13,11 @@ import pyarrow as pa
 from scacam.localization import BOX_THRESHOLD
 from scacam.methods import METHODS
 from scacam.networks import Network
-from scacam.tables import SCHEMA_VERSION
+from scacam.storage import join
+from scacam.tables import CHANNELS, NETWORK, SCHEMA_VERSION, network_path
 from scacam.version import __version__
 
-__all__ = ["describe_network", "describe_run"]
+__all__ = ["class_weights", "describe_network", "describe_run"]
 
 _PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "pillow", "numpy", "opencv-python-headless")
 
@@ -49,6 +50,7 @@ def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]
         "head": network.head.kind,
         "class_weights": network.head.classifier,
         "feature_shape": list(network.feature_shape),
+        "channels": min(CHANNELS, network.feature_shape[0]),
         "finer_layer": None if network.finer_layer is None else network.finer_layer.name,
         "num_classes": network.num_classes,
         "output_kind": network.output.kind,
@@ -61,6 +63,21 @@ def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]
             for layer, names in network.methods_by_layer(methods).items()
         },
     }
+
+
+def class_weights(output: str, network: Network) -> tuple[str, pa.Table]:
+    """Where the classes of a network are stored with their weights and biases, and the table."""
+    classes = range(network.num_classes)
+    weights, biases = network.class_weights, network.class_biases
+    columns = [
+        pa.array(classes, pa.int32()),
+        [network.class_name(class_id) for class_id in classes],
+        pa.nulls(len(classes), pa.float32()) if biases is None else biases.float().cpu().numpy(),
+        pa.nulls(len(classes), NETWORK.field("weights").type)
+        if weights is None
+        else list(weights.float().cpu().numpy()),
+    ]
+    return join(output, network_path(network.name)), pa.table(columns, schema=NETWORK)
 
 
 def _digest_of_names(names: Sequence[str] | None) -> str | None:

@@ -16,7 +16,7 @@ from scacam.runs.record import differences, read_record, write_record
 from scacam.runs.shards import shards_of
 from scacam.storage import join, locate
 from scacam.storage.parquet import read_columns, write_table
-from scacam.tables import ERRORS, MANIFEST, explanations_folder
+from scacam.tables import ERRORS, MANIFEST, SHARDED, explanations_folder
 
 __all__ = [
     "ID",
@@ -45,7 +45,7 @@ def refuse_output(output: str) -> None:
         filesystem, path = locate(output)
         filesystem.create_dir(path, recursive=True)
         if read_record(output) is None:
-            for name in ("explanations", "errors"):
+            for name in SHARDED:
                 if filesystem.get_file_info(join(path, name)).type != fs.FileType.NotFound:
                     raise RunError(
                         f"output {output} has {name} but no run.json: it holds something else; "

@@ -14,7 +14,7 @@ from scacam.errors import RunError
 from scacam.runs.shards import shards_of
 from scacam.storage import locate, read_ahead
 from scacam.storage.parquet import read_columns
-from scacam.tables import INDEX, explanations_folder
+from scacam.tables import INDEX, embeddings_folder, explanations_folder, predictions_folder
 
 __all__ = ["Proof", "explained_ids", "prove"]
 
@@ -33,17 +33,21 @@ class Proof(NamedTuple):
     index: pa.Table
 
 
-def prove(output: str, networks: Iterable[Mapping[str, Any]], images: int) -> Proof:
+def prove(
+    output: str, networks: Iterable[Mapping[str, Any]], images: int, embeddings: bool = False
+) -> Proof:
     """Check that every image is explained by every layer of every network, or once in the errors.
 
     Explained is an image that one shard of the layer has, with one row for each of its classes and
-    each method of the layer. Reads the ids of one shard at a time; takes a few bytes of memory per
-    image of the manifest.
+    each method of the layer. Where a network's predictions are stored, and where embeddings are, it
+    is in one shard of these as well. Reads the ids of one shard at a time; takes a few bytes of
+    memory per image of the manifest.
 
     Args:
         output: the run's folder or prefix.
         networks: as `run.json` describes them.
         images: how many the manifest has.
+        embeddings: whether they are stored.
 
     Raises:
         RunError: says what is missing or there twice.
@@ -58,45 +62,61 @@ def prove(output: str, networks: Iterable[Mapping[str, Any]], images: int) -> Pr
         np.add.at(failed, ids, 1)
         errors.update(table["error"].to_pylist())
         index.append({**shard, "network": None, "layer": None, **_statistics(ids)})
-    layers = [
-        (network["name"], layer, described["methods"])
-        for network in networks
-        for layer, described in network["layers"].items()
-    ]
-    for network, layer, methods in layers:
-        seen = failed.copy()
-        folder = explanations_folder(network, layer)
-        for shard, table in _read(output, folder, ["image_id", "class_id", "method"]):
-            _refuse_other_rows(table, methods, str(shard["path"]))
-            ids = np.unique(table["image_id"].to_numpy())
-            seen[ids] += 1
-            index.append({**shard, "network": network, "layer": layer, **_statistics(ids)})
-        for wrong, what in ((seen < 1, "neither explained nor in the errors"), (seen > 1, "twice")):
-            if wrong.any():
-                raise RunError(
-                    f"{output} is not whole: of layer {layer} of {network}, {int(wrong.sum())} "
-                    f"images are there {what}, the first is image {int(wrong.argmax())}"
-                )
+    for network in networks:
+        name = network["name"]
+        for layer, described in network["layers"].items():
+            seen = failed.copy()
+            folder = explanations_folder(name, layer)
+            for shard, table in _read(output, folder, ["image_id", "class_id", "method"]):
+                _refuse_other_rows(table, described["methods"], str(shard["path"]))
+                ids = np.unique(table["image_id"].to_numpy())
+                seen[ids] += 1
+                index.append({**shard, "network": name, "layer": layer, **_statistics(ids)})
+            _refuse_gaps(output, f"layer {layer} of {name}", seen)
+        further = {predictions_folder(name): "class_id"} if "channels" in network else {}
+        if embeddings:
+            further[embeddings_folder(name)] = "image_id"
+        for folder, key in further.items():
+            seen = failed.copy()
+            for shard, table in _read(output, folder, list(dict.fromkeys(["image_id", key]))):
+                if len(table.group_by(["image_id", key]).aggregate([])) < len(table):
+                    raise RunError(f"{shard['path']} has rows twice")
+                ids = np.unique(table["image_id"].to_numpy())
+                seen[ids] += 1
+                index.append({**shard, "network": name, "layer": None, **_statistics(ids)})
+            _refuse_gaps(output, folder, seen)
     explained = images - int(np.count_nonzero(failed))
     return Proof(explained, errors, pa.Table.from_pylist(index, INDEX))
 
 
+def _refuse_gaps(output: str, what: str, seen: np.ndarray) -> None:
+    """Refuse a run that has not every image once: by image, how often it was seen."""
+    for wrong, how in ((seen < 1, "neither explained nor in the errors"), (seen > 1, "twice")):
+        if wrong.any():
+            raise RunError(
+                f"{output} is not whole: of {what}, {int(wrong.sum())} images are there {how}, "
+                f"the first is image {int(wrong.argmax())}"
+            )
+
+
 def _refuse_other_rows(table: pa.Table, methods: Sequence[str], path: str) -> None:
     """Refuse a shard that has not one row for each method of each class of its images."""
-    others = set(pc.unique(table["method"]).to_pylist()) - set(methods)
-    if others:
-        raise RunError(f"{path} has rows of {min(others)}, which this layer has not")
-    classes = table.group_by(["image_id", "class_id"]).aggregate(
-        [("method", "count"), ("method", "count_distinct")]
+    places = pc.index_in(table["method"], pa.array(methods, pa.string()))
+    if places.null_count:
+        other = table["method"].filter(pc.is_null(places))[0]
+        raise RunError(f"{path} has rows of {other}, which this layer has not")
+    bits = table.append_column("bits", pa.array(1 << places.to_numpy().astype(np.int64)))
+    classes = bits.group_by(["image_id", "class_id"]).aggregate(
+        [("bits", "count"), ("bits", "sum")]
     )
-    if not pc.all(pc.equal(classes["method_count"], classes["method_count_distinct"])).as_py():
-        raise RunError(f"{path} has an (image, class, method) twice")
-    lacking = pc.less(classes["method_count"], len(methods))
-    if pc.any(lacking).as_py():
-        first = classes.filter(lacking).slice(0, 1).to_pylist()[0]
+    # Of as many powers of two as there are methods, only those of each of them have this sum.
+    once = pc.equal(classes["bits_count"], len(methods))
+    once = pc.and_(once, pc.equal(classes["bits_sum"], (1 << len(methods)) - 1))
+    if not pc.all(once).as_py():
+        first = classes.filter(pc.invert(once)).slice(0, 1).to_pylist()[0]
         raise RunError(
-            f"{path} has {first['method_count']} of {len(methods)} methods of class "
-            f"{first['class_id']} of image {first['image_id']}"
+            f"{path} has not every method once, of class {first['class_id']} of image "
+            f"{first['image_id']}"
         )
 
 

@@ -19,6 +19,7 @@ _FINGERPRINT = (
     "top_k",
     "min_probability",
     "explain_label",
+    "embeddings",
     "view",
     "bfloat16",
     "box_threshold",

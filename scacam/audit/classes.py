@@ -1,0 +1,279 @@
+"""What is learnt of each class of a network before single images are judged, from parts that add.
+
+Arrays in, arrays out. Memory does not grow with the number of images: of each class there are sums,
+and a sample of so many images, the same whatever the parts.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from scacam.audit.components import (
+    CONFIDENT,
+    MIN_IMAGES,
+    Contributions,
+    Shortcut,
+    find_shortcut,
+)
+
+__all__ = ["SAMPLE", "Answers", "Gathered", "Learnt", "Parts", "find_parts"]
+
+SAMPLE = 512
+"""So many images of a class are kept to find its component and its sorts of maps."""
+_ROUNDS = 20
+
+
+class Answers(NamedTuple):
+    """The top answers of a network to N images.
+
+    Attributes:
+        image_ids: int64 `[N]`.
+        class_ids: int `[N]`, what the network says.
+        probabilities: `[N]`, of these.
+        labels: float `[N]`, NaN where unknown.
+        shares: the positive maps of these classes `[N, h, w]`, each with sum 1, or all zero.
+        coverage: `[N, h, w]`, how much of each cell is object, NaN where unknown; None where no
+            objects are known.
+        others: float `[N]`, the share of the other networks that say something else; NaN without.
+        contributions: of the channels to these classes; None where a run has not kept them.
+    """
+
+    image_ids: np.ndarray
+    class_ids: np.ndarray
+    probabilities: np.ndarray
+    labels: np.ndarray
+    shares: np.ndarray
+    coverage: np.ndarray | None
+    others: np.ndarray
+    contributions: Contributions | None
+
+    @property
+    def mapped(self) -> np.ndarray:
+        """Whether a map is not zero: bool `[N]`."""
+        return np.asarray(self.shares.any((1, 2)))
+
+    def of(self, rows: np.ndarray) -> "Answers":
+        """Only these images."""
+        return Answers(
+            self.image_ids[rows],
+            self.class_ids[rows],
+            self.probabilities[rows],
+            self.labels[rows],
+            self.shares[rows],
+            None if self.coverage is None else self.coverage[rows],
+            self.others[rows],
+            None if self.contributions is None else self.contributions.of(rows),
+        )
+
+    def by_class(self, chosen: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Of the chosen images, bool `[N]`, those of each class: its id and their places."""
+        rows = np.flatnonzero(chosen)
+        order = rows[np.argsort(self.class_ids[rows], kind="stable")]
+        classes, firsts = np.unique(self.class_ids[order], return_index=True)
+        for class_id, part in zip(classes, np.split(order, firsts[1:]), strict=True):
+            yield int(class_id), part
+
+
+class Parts(NamedTuple):
+    """The two sorts of maps of a class.
+
+    Attributes:
+        mean: `[h, w]` of all its maps.
+        centres: `[2, h, w]`, the means of the smaller part and of the larger one.
+        spread: the mean squared distance of its maps from the mean.
+    """
+
+    mean: np.ndarray
+    centres: np.ndarray
+    spread: float
+
+    def scores(self, shares: np.ndarray) -> np.ndarray:
+        """How much better the centre of the smaller part describes maps than the mean does.
+
+        Relative to the spread of the class; 0 for the maps of the larger part.
+        """
+        distances = [((shares - one) ** 2).sum((1, 2)) for one in (self.mean, *self.centres)]
+        smaller = distances[1] < distances[2]
+        return np.where(smaller, distances[0] - distances[1], 0) / self.spread
+
+
+def find_parts(shares: np.ndarray) -> Parts | None:
+    """Divide the maps of a class `[N, h, w]` in two by 2-means; None if they are all alike.
+
+    Begins with the two sides of the first principal component, so nothing is left to chance.
+    """
+    flat = shares.reshape(len(shares), -1).astype(np.float64)
+    mean = flat.mean(0)
+    spread = float(((flat - mean) ** 2).sum(1).mean())
+    if spread <= 1e-12:
+        return None
+    _, vectors = np.linalg.eigh((flat - mean).T @ (flat - mean))
+    first = (flat - mean) @ vectors[:, -1] > 0
+    centres = np.stack([flat[first].mean(0), flat[~first].mean(0)])
+    for _ in range(_ROUNDS):
+        nearer = ((flat - centres[0]) ** 2).sum(1) < ((flat - centres[1]) ** 2).sum(1)
+        if (nearer == first).all() or nearer.all() or not nearer.any():
+            break
+        first = nearer
+        centres = np.stack([flat[first].mean(0), flat[~first].mean(0)])
+    if 2 * first.sum() > len(flat):
+        centres = centres[::-1]
+    shape = shares.shape[1:]
+    return Parts(mean.reshape(shape), centres.reshape(2, *shape), spread)
+
+
+class Learnt(NamedTuple):
+    """What is known of each of K classes of a network.
+
+    Attributes:
+        mapped: `[K]`, how many maps that are not zero each has.
+        totals: `[K, h, w]`, their sums.
+        squares: `[K]`, the sums of their squares over maps and cells.
+        usual: `[h, w]`, the median over classes of their mean maps.
+        shortcuts: of the classes with enough confident answers.
+        parts: the two sorts of maps of the classes with enough of them.
+    """
+
+    mapped: np.ndarray
+    totals: np.ndarray
+    squares: np.ndarray
+    usual: np.ndarray
+    shortcuts: dict[int, Shortcut]
+    parts: dict[int, Parts]
+
+    def spread(self, class_id: int) -> float:
+        """The mean squared distance of the maps of a class from the usual one; 0 if they are it."""
+        count, squares = self.mapped[class_id], self.squares[class_id]
+        across = float((self.usual * self.totals[class_id]).sum())
+        spread = squares - 2 * across + count * float((self.usual**2).sum())
+        return spread / count if spread > 1e-12 * squares else 0.0
+
+    def falls(self, answers: Answers) -> np.ndarray:
+        """How far the probability of confident answers falls without their class's component.
+
+        `[N]`, NaN for others and where nothing is known of the class.
+        """
+        found = np.full(len(answers.class_ids), np.nan)
+        if answers.contributions is None:
+            return found
+        for class_id, rows in answers.by_class(answers.probabilities >= CONFIDENT):
+            if class_id in self.shortcuts:
+                component = self.shortcuts[class_id].component
+                found[rows] = component.falls(
+                    answers.contributions.of(rows), answers.probabilities[rows]
+                )
+        return found
+
+    def suspicion(self, answers: Answers, falls: np.ndarray) -> np.ndarray:
+        """How suspicious answers are by their falls `[N]`: these, times the place of the class."""
+        places = np.full(len(self.mapped), np.nan)
+        for class_id, shortcut in self.shortcuts.items():
+            places[class_id] = shortcut.place
+        return falls * places[answers.class_ids]
+
+
+@dataclass
+class Gathered:
+    """What some images of a network add to what is learnt.
+
+    Attributes:
+        mapped, totals, squares: as in `Learnt`.
+        sample: of each class, those of the images with the smallest keys, their answers.
+    """
+
+    mapped: np.ndarray
+    totals: np.ndarray
+    squares: np.ndarray
+    sample: Answers
+
+    @classmethod
+    def update(cls, answers: Answers, num_classes: int) -> "Gathered":
+        """Of N images of a network with so many classes."""
+        shape = answers.shares.shape[1:]
+        found = cls(
+            np.zeros(num_classes),
+            np.zeros((num_classes, *shape)),
+            np.zeros(num_classes),
+            _sampled(answers),
+        )
+        np.add.at(found.mapped, answers.class_ids, answers.mapped)
+        np.add.at(found.totals, answers.class_ids, answers.shares)
+        np.add.at(found.squares, answers.class_ids, (answers.shares**2).sum((1, 2)))
+        return found
+
+    @classmethod
+    def merge(cls, parts: Iterable["Gathered"]) -> "Gathered":
+        """The sum of at least one."""
+        parts = iter(parts)
+        total = next(parts)
+        for part in parts:
+            total = cls(
+                total.mapped + part.mapped,
+                total.totals + part.totals,
+                total.squares + part.squares,
+                _sampled(_joined(total.sample, part.sample)),
+            )
+        return total
+
+    def learn(self) -> Learnt:
+        """What is known of the classes."""
+        some = self.mapped > 0
+        shape = self.totals.shape[1:]
+        usual = np.zeros(shape)
+        if some.any():
+            usual = np.median(self.totals[some] / self.mapped[some, None, None], axis=0)
+        answers = self.sample
+        shortcuts: dict[int, Shortcut] = {}
+        if answers.contributions is not None:
+            for class_id, rows in answers.by_class(answers.probabilities >= CONFIDENT):
+                if len(rows) >= MIN_IMAGES:
+                    shortcuts[class_id] = find_shortcut(
+                        answers.contributions.of(rows),
+                        answers.probabilities[rows],
+                        shape,
+                        None if answers.coverage is None else answers.coverage[rows],
+                    )
+        parts: dict[int, Parts] = {}
+        for class_id, rows in answers.by_class(answers.mapped):
+            divided = find_parts(answers.shares[rows]) if len(rows) >= MIN_IMAGES else None
+            if divided is not None:
+                parts[class_id] = divided
+        return Learnt(self.mapped, self.totals, self.squares, usual, shortcuts, parts)
+
+
+def _joined(one: Answers, other: Answers) -> Answers:
+    coverage = contributions = None
+    if one.coverage is not None and other.coverage is not None:
+        coverage = np.concatenate([one.coverage, other.coverage])
+    if one.contributions is not None and other.contributions is not None:
+        pairs = zip(one.contributions, other.contributions, strict=True)
+        contributions = Contributions(*(np.concatenate(pair) for pair in pairs))
+    return Answers(
+        np.concatenate([one.image_ids, other.image_ids]),
+        np.concatenate([one.class_ids, other.class_ids]),
+        np.concatenate([one.probabilities, other.probabilities]),
+        np.concatenate([one.labels, other.labels]),
+        np.concatenate([one.shares, other.shares]),
+        coverage,
+        np.concatenate([one.others, other.others]),
+        contributions,
+    )
+
+
+def _sampled(answers: Answers) -> Answers:
+    """Of each class the images with the smallest keys, as few as a sample has."""
+    keys = _keys(answers.image_ids)
+    order = np.lexsort((keys, answers.class_ids))
+    classes, firsts = np.unique(answers.class_ids[order], return_index=True)
+    places = np.arange(len(order)) - firsts[np.searchsorted(classes, answers.class_ids[order])]
+    return answers.of(np.sort(order[places < SAMPLE]))
+
+
+def _keys(image_ids: np.ndarray) -> np.ndarray:
+    """Numbers that look drawn by chance, the same for an image in any part (SplitMix64)."""
+    keys = image_ids.astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        keys = (keys ^ (keys >> np.uint64(shift))) * np.uint64(factor)
+    return keys ^ (keys >> np.uint64(31))
