@@ -17,6 +17,7 @@ from PIL import Image
 from scacam.audit.attention import BORDER_AREA, CORNER_AREA
 from scacam.audit.audit import MIN_IMAGES, Audit, ClassAudit, NetworkAudit, PairAudit, audit
 from scacam.audit.likeness import flattened, standard_ranks
+from scacam.audit.maps import true_boxes
 from scacam.drawing import colours
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
@@ -26,7 +27,6 @@ from scacam.report.sections import (
     best_and_worst,
     class_activation_weights,
     localization,
-    true_boxes,
 )
 from scacam.runs.results import Row, Run
 

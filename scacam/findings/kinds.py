@@ -13,13 +13,69 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from scipy.special import stdtr
 
 from scacam.audit.attention import BORDER_AREA, CORNER_AREA, border_cells, corner_cells, outside
-from scacam.audit.classes import Answers, Learnt
-from scacam.audit.components import CONFIDENT, MIN_IMAGES
+from scacam.findings.classes import Answers, Learnt
+from scacam.findings.components import CONFIDENT, MIN_IMAGES
 
-__all__ = ["KINDS", "Kind", "Scored", "Strengths", "Tally", "scored", "strengths"]
+__all__ = [
+    "FINDINGS",
+    "FINDING_IMAGES",
+    "KINDS",
+    "SUSPECTS",
+    "Kind",
+    "Scored",
+    "Strengths",
+    "Tally",
+    "scored",
+    "strengths",
+]
+
+SUSPECTS = pa.schema(
+    [
+        ("network", pa.string()),
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("class_id", pa.int32()),
+        ("class_name", pa.string()),
+        ("probability", pa.float32()),
+        ("fall", pa.float32()),
+        ("place", pa.float32()),
+        ("score", pa.float32()),
+    ]
+)
+"""Confident answers, of labelled images the right ones, the most suspicious of a network first: how
+far the probability falls without the component of the class, where that lies, and their product."""
+
+FINDINGS = pa.schema(
+    [
+        ("finding", pa.int64()),
+        ("network", pa.string()),
+        ("class_id", pa.int32()),
+        ("class_name", pa.string()),
+        ("kind", pa.string()),
+        ("strength", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("images", pa.int64()),
+        ("share", pa.float64()),
+        ("stands_out", pa.bool_()),
+    ]
+)
+"""What may be wrong with a class, as multiples of the median over classes, with 95 % intervals:
+those that stand out first, then by strength. Of so many images that share is affected."""
+
+FINDING_IMAGES = pa.schema(
+    [
+        ("finding", pa.int64()),
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("score", pa.float32()),
+    ]
+)
+"""The images that show a finding most, the first of each finding the most."""
 
 _CHANCE = 0.01
 _SPREAD = 0.1
