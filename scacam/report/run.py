@@ -21,6 +21,7 @@ from scacam.audit.maps import true_boxes
 from scacam.drawing import colours
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
+from scacam.report.findings import pictured, shortcuts
 from scacam.report.gallery import Gallery, share
 from scacam.report.html import Picture, encoded, render
 from scacam.report.sections import (
@@ -63,7 +64,10 @@ class _Content:
             network.network: best_and_worst(run, network.network, network.judge, _ENDS)
             for network in self.networks
         }
+        self.shortcuts = shortcuts(run)
         for network in self.networks:
+            if network.network in self.shortcuts:
+                self.gallery.want(network.network, self.shortcuts[network.network].image_ids)
             listed = network.suspects[:_RANKED] + network.disputed[:_PAIRS]
             listed += [entry for end in self.ends[network.network] for entry in end]
             self.gallery.want(network.network, [*self.spread, *_ids(listed)])
@@ -175,6 +179,9 @@ class _Content:
             "images_of_class": self._images_of_class(network, one_class) if one_class else [],
             "suspects": [self._ranked(network, entry) for entry in network.suspects[:_RANKED]],
             "ends": [self._localized(network, end) for end in self.ends[network.network]],
+            "shortcut": pictured(
+                self.shortcuts.get(network.network), self.gallery, network.judge.name
+            ),
             "disputed": [self._disputed(network, entry) for entry in network.disputed[:_PAIRS]],
         }
 
