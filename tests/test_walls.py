@@ -26,6 +26,7 @@ FLOORS = (
     ("explainer",),
     ("runs",),
     ("audit",),
+    ("findings",),
     ("trials",),
     ("browse", "pipeline", "report"),
     ("jobs",),
@@ -35,7 +36,7 @@ FLOORS = (
 
 WITHOUT_TORCH = (
     *("storage", "inputs", "images", "tables", "drawing", "localization", "runs.results"),
-    *("evaluation", "audit", "report", "browse", "trials.metrics", "trials.likeness"),
+    *("evaluation", "audit", "findings", "report", "browse", "trials.metrics", "trials.likeness"),
 )
 
 

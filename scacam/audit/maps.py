@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from scacam.evaluation.truth import TrueBoxes
 from scacam.runs.results import Claimant, Run
 from scacam.tables import stacked
 
-__all__ = ["Ranking", "TopMaps", "judge", "top_maps"]
+__all__ = ["Ranking", "TopMaps", "judge", "top_maps", "true_boxes"]
 
 
 class TopMaps(NamedTuple):
@@ -95,3 +96,11 @@ def top_maps(run: Run, network: str, image_ids: np.ndarray) -> dict[str, TopMaps
                     rows.drop_columns("heatmap"), values.reshape(len(rows), *claimant.map_shape)
                 )
     return found
+
+
+def true_boxes(run: Run) -> TrueBoxes | None:
+    """Where the objects of a run's images are, if it was evaluated against boxes."""
+    dataset = run.metrics("localization_boxes")
+    if dataset is None:
+        return None
+    return TrueBoxes.from_table(dataset.to_table().sort_by("image_id"))

@@ -11,6 +11,7 @@ JOBS = {
     "explain": "Explain a collection of images: class activation maps of every network and method.",
     "evaluate": "Evaluate how well the heatmaps of a run localize, against true boxes or masks.",
     "faithfulness": "Try the heatmaps of a run: are they true to what its networks do, and sane?",
+    "audit": "Find the classes and images of a run that may be right for the wrong reason.",
     "report": "Look through a run and write its report: one HTML file that opens anywhere.",
     "browse": "Look around in a run: a local page to choose, sort and see all its images and maps.",
     "compare": "Compare two runs of the same images: which predictions changed, whose maps moved.",

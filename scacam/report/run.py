@@ -17,17 +17,18 @@ from PIL import Image
 from scacam.audit.attention import BORDER_AREA, CORNER_AREA
 from scacam.audit.audit import MIN_IMAGES, Audit, ClassAudit, NetworkAudit, PairAudit, audit
 from scacam.audit.likeness import flattened, standard_ranks
+from scacam.audit.maps import true_boxes
 from scacam.drawing import colours
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
 from scacam.report.faithfulness import faithfulness, least_faithful
+from scacam.report.findings import pictured, shortcuts
 from scacam.report.gallery import Gallery, share
 from scacam.report.html import Picture, encoded, render
 from scacam.report.sections import (
     best_and_worst,
     class_activation_weights,
     localization,
-    true_boxes,
 )
 from scacam.runs.results import Row, Run
 
@@ -69,7 +70,10 @@ class _Content:
             network.network: least_faithful(run, network.network, network.judge, _ENDS)
             for network in self.networks
         }
+        self.shortcuts = shortcuts(run)
         for network in self.networks:
+            if network.network in self.shortcuts:
+                self.gallery.want(network.network, self.shortcuts[network.network].image_ids)
             listed = network.suspects[:_RANKED] + network.disputed[:_PAIRS]
             listed += self.least[network.network]
             listed += [entry for end in self.ends[network.network] for entry in end]
@@ -184,6 +188,9 @@ class _Content:
             "suspects": [self._ranked(network, entry) for entry in network.suspects[:_RANKED]],
             "ends": [self._localized(network, end) for end in self.ends[network.network]],
             "least": [self._least(network, entry) for entry in self.least[network.network]],
+            "shortcut": pictured(
+                self.shortcuts.get(network.network), self.gallery, network.judge.name
+            ),
             "disputed": [self._disputed(network, entry) for entry in network.disputed[:_PAIRS]],
         }
 

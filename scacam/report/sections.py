@@ -14,23 +14,14 @@ from scacam.evaluation.intervals import Row, compared
 from scacam.evaluation.metrics import headline, titles
 from scacam.evaluation.sweep import RIGHT_IOU
 from scacam.evaluation.tables import named
-from scacam.evaluation.truth import TrueBoxes
 from scacam.report.charts import lines
 from scacam.runs.results import Claimant, Run
 
-__all__ = ["best_and_worst", "class_activation_weights", "localization", "true_boxes"]
+__all__ = ["best_and_worst", "class_activation_weights", "localization"]
 
 _CHANNELS, _CLASSES = 50, 3
 _RATIOS = (-1.0, 3.0)
 _PER_CHANNEL = ("class_weights", "averaged_gradients")
-
-
-def true_boxes(run: Run) -> TrueBoxes | None:
-    """Where the objects of a run's images are, if it was evaluated against boxes."""
-    dataset = run.metrics("localization_boxes")
-    if dataset is None:
-        return None
-    return TrueBoxes.from_table(dataset.to_table().sort_by("image_id"))
 
 
 def localization(run: Run) -> list[dict[str, Any]]:

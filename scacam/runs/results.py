@@ -23,7 +23,7 @@ from scacam.localization import interpolation
 from scacam.runs.record import layers_of, read_record
 from scacam.runs.shards import Shards, shards_of
 from scacam.storage import absolute, join, locate, uri_of
-from scacam.tables import ERRORS, claimant_names, unpack_heatmaps
+from scacam.tables import ERRORS, claimant_names, predictions_folder, unpack_heatmaps
 
 __all__ = ["Claimant", "Row", "Run", "open_run"]
 
@@ -182,6 +182,35 @@ class Run:
         return explanations.scanner(
             _columns(names if columns is None else columns), filter=condition
         )
+
+    def predictions(
+        self,
+        network: str,
+        columns: Sequence[str] | None = None,
+        where: pc.Expression | None = None,
+        image_ids: Sequence[int] | np.ndarray | None = None,
+    ) -> ds.Scanner | None:
+        """Predictions, one row per image and explained class. Nothing is read yet.
+
+        Args:
+            network: whose.
+            columns: only these; left out, all there are.
+            where: a condition, such as `pyarrow.compute.field("rank") == 1`.
+            image_ids: only these images'. In a complete run, other shards are not opened.
+
+        Returns:
+            A scanner, or None where a run has not kept them.
+
+        Raises:
+            RunError: there is no such network.
+        """
+        self._check_known("network", network, self.networks)
+        condition = pc.scalar(True) if where is None else where
+        ids = None if image_ids is None else np.unique(np.asarray(image_ids, dtype=np.int64))
+        if ids is not None:
+            condition = condition & _among(ids)
+        found = self._shards.predictions(predictions_folder(network), ids)
+        return None if found is None else found.scanner(columns, filter=condition)
 
     def shards(self, network: str, layer: str) -> list[str]:
         """Where the explanations of a layer are, file by file, for readers other than pyarrow."""

@@ -26,7 +26,7 @@ def shards_of(output: str, folder: str) -> list[fs.FileInfo]:
 
 
 class Shards:
-    """The shards of a run's explanations, found layer by layer and only once."""
+    """The shards of a run, found folder by folder and only once."""
 
     def __init__(self, output: str, *, by_layer: bool) -> None:
         """Look below an output.
@@ -37,7 +37,7 @@ class Shards:
                 one layer and its folder.
         """
         self.output, self.by_layer = output, by_layer
-        self._found: dict[tuple[str, str], _Shards] = {}
+        self._found: dict[str, _Shards] = {}
 
     def folder(self, network: str, layer: str) -> str:
         """Where those of a layer lie, below the output."""
@@ -57,7 +57,7 @@ class Shards:
         Raises:
             RunError: there are none, or a shard cannot be read.
         """
-        found = [self._of(*layer) for layer in layers]
+        found = [self._in(self.folder(*layer)) for layer in layers]
         paths: list[str] = []
         partitions: list[pc.Expression] = []
         for (network, layer), shards in zip(layers, found, strict=True):
@@ -88,11 +88,26 @@ class Shards:
             schema = schema.append(pa.field(name, pa.string()))
         return schema
 
-    def _of(self, network: str, layer: str) -> "_Shards":
-        key = network, layer
-        if key not in self._found:
+    def predictions(self, folder: str, ids: np.ndarray | None) -> ds.Dataset | None:
+        """What is stored beside explanations, in a folder of the output; None if nothing is.
+
+        Args:
+            folder: of predictions or embeddings.
+            ids: of the images that are wanted, sorted; None for all.
+        """
+        shards = self._in(folder)
+        if shards.schema is None:
+            return None
+        return ds.FileSystemDataset.from_paths(
+            (shards.paths if ids is None else shards.paths[shards.may_hold(ids)]).tolist(),
+            schema=shards.schema,
+            format=ds.ParquetFileFormat(),
+            filesystem=locate(self.output)[0],
+        )
+
+    def _in(self, folder: str) -> "_Shards":
+        if folder not in self._found:
             filesystem, _ = locate(self.output)
-            folder = self.folder(network, layer)
             files = sorted(shards_of(self.output, folder), key=lambda info: info.path)
             schema = None
             if files:
@@ -105,8 +120,8 @@ class Shards:
             ends = [self._ends.get(f"{folder}/{info.base_name}", anywhere) for info in files]
             paths = np.array([info.path for info in files], dtype=object)
             first, last = np.array(ends, dtype=np.int64).reshape(-1, 2).T
-            self._found[key] = _Shards(paths, first, last, schema)
-        return self._found[key]
+            self._found[folder] = _Shards(paths, first, last, schema)
+        return self._found[folder]
 
     @cached_property
     def _ends(self) -> dict[str, tuple[int, int]]:
@@ -121,7 +136,7 @@ class Shards:
 
 
 class _Shards(NamedTuple):
-    """The shards of a layer: their paths, their first and last image ids, and their schema."""
+    """The shards of a folder: their paths, their first and last image ids, and their schema."""
 
     paths: np.ndarray
     first: np.ndarray

@@ -4,13 +4,14 @@ Arrays in, arrays out. Memory does not grow with the number of images: of each c
 and a sample of so many images, the same whatever the parts.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
 
-from scacam.audit.components import (
+from scacam.findings.components import (
     CONFIDENT,
     MIN_IMAGES,
     Contributions,
@@ -20,9 +21,10 @@ from scacam.audit.components import (
 
 __all__ = ["SAMPLE", "Answers", "Gathered", "Learnt", "Parts", "find_parts"]
 
-SAMPLE = 512
+SAMPLE = 256
 """So many images of a class are kept to find its component and its sorts of maps."""
 _ROUNDS = 20
+_AT_ONCE = 16
 
 
 class Answers(NamedTuple):
@@ -205,15 +207,16 @@ class Gathered:
 
     @classmethod
     def merge(cls, parts: Iterable["Gathered"]) -> "Gathered":
-        """The sum of at least one."""
+        """The sum of at least one, some at a time."""
         parts = iter(parts)
         total = next(parts)
-        for part in parts:
+        while few := list(islice(parts, _AT_ONCE)):
+            few.append(total)
             total = cls(
-                total.mapped + part.mapped,
-                total.totals + part.totals,
-                total.squares + part.squares,
-                _sampled(_joined(total.sample, part.sample)),
+                sum((part.mapped for part in few), np.zeros(1)),
+                sum((part.totals for part in few), np.zeros(1)),
+                sum((part.squares for part in few), np.zeros(1)),
+                _sampled(_joined([part.sample for part in few])),
             )
         return total
 
@@ -243,21 +246,21 @@ class Gathered:
         return Learnt(self.mapped, self.totals, self.squares, usual, shortcuts, parts)
 
 
-def _joined(one: Answers, other: Answers) -> Answers:
-    coverage = contributions = None
-    if one.coverage is not None and other.coverage is not None:
-        coverage = np.concatenate([one.coverage, other.coverage])
-    if one.contributions is not None and other.contributions is not None:
-        pairs = zip(one.contributions, other.contributions, strict=True)
-        contributions = Contributions(*(np.concatenate(pair) for pair in pairs))
+def _joined(parts: Sequence[Answers]) -> Answers:
+    """All of them; what one of them does not know is not known of any."""
+    covers = [part.coverage for part in parts if part.coverage is not None]
+    kept = [part.contributions for part in parts if part.contributions is not None]
+    contributions = None
+    if len(kept) == len(parts):
+        contributions = Contributions(*(np.concatenate(each) for each in zip(*kept, strict=True)))
     return Answers(
-        np.concatenate([one.image_ids, other.image_ids]),
-        np.concatenate([one.class_ids, other.class_ids]),
-        np.concatenate([one.probabilities, other.probabilities]),
-        np.concatenate([one.labels, other.labels]),
-        np.concatenate([one.shares, other.shares]),
-        coverage,
-        np.concatenate([one.others, other.others]),
+        np.concatenate([part.image_ids for part in parts]),
+        np.concatenate([part.class_ids for part in parts]),
+        np.concatenate([part.probabilities for part in parts]),
+        np.concatenate([part.labels for part in parts]),
+        np.concatenate([part.shares for part in parts]),
+        np.concatenate(covers) if len(covers) == len(parts) else None,
+        np.concatenate([part.others for part in parts]),
         contributions,
     )
 

@@ -13,16 +13,73 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 from scipy.special import stdtr
 
 from scacam.audit.attention import BORDER_AREA, CORNER_AREA, border_cells, corner_cells, outside
-from scacam.audit.classes import Answers, Learnt
-from scacam.audit.components import CONFIDENT, MIN_IMAGES
+from scacam.findings.classes import Answers, Learnt
+from scacam.findings.components import CONFIDENT, MIN_IMAGES
 
-__all__ = ["KINDS", "Kind", "Scored", "Strengths", "Tally", "scored", "strengths"]
+__all__ = [
+    "FINDINGS",
+    "FINDING_IMAGES",
+    "KINDS",
+    "SUSPECTS",
+    "Kind",
+    "Scored",
+    "Strengths",
+    "Tally",
+    "scored",
+    "strengths",
+]
+
+SUSPECTS = pa.schema(
+    [
+        ("network", pa.string()),
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("class_id", pa.int32()),
+        ("class_name", pa.string()),
+        ("probability", pa.float32()),
+        ("fall", pa.float32()),
+        ("place", pa.float32()),
+        ("score", pa.float32()),
+    ]
+)
+"""Confident answers, of labelled images the right ones, the most suspicious of a network first: how
+far the probability falls without the component of the class, where that lies, and their product."""
+
+FINDINGS = pa.schema(
+    [
+        ("finding", pa.int64()),
+        ("network", pa.string()),
+        ("class_id", pa.int32()),
+        ("class_name", pa.string()),
+        ("kind", pa.string()),
+        ("strength", pa.float64()),
+        ("ci_low", pa.float64()),
+        ("ci_high", pa.float64()),
+        ("images", pa.int64()),
+        ("share", pa.float64()),
+        ("stands_out", pa.bool_()),
+    ]
+)
+"""What may be wrong with a class, as multiples of the median over classes, with 95 % intervals:
+those that stand out first, then by strength. Of so many images that share is affected."""
+
+FINDING_IMAGES = pa.schema(
+    [
+        ("finding", pa.int64()),
+        ("image_id", pa.int64()),
+        ("uri", pa.string()),
+        ("score", pa.float32()),
+    ]
+)
+"""The images that show a finding most, the first of each finding the most."""
 
 _CHANCE = 0.01
 _SPREAD = 0.1
+_LEAST = 1e-3
 
 
 class Scored(NamedTuple):
@@ -66,7 +123,8 @@ def corner(answers: Answers, learnt: Learnt) -> Scored:
 def fixed_place(answers: Answers, learnt: Learnt) -> Scored:
     """How alike what sets a map apart is to what sets the other maps of its class apart.
 
-    Over a class their mean is `attention.fixed_place`.
+    From 0 over .5, not at all, to 1. Over a class their mean is `attention.fixed_place`, halved
+    and raised by a half.
     """
     found = np.full(len(answers.class_ids), np.nan)
     for class_id, rows in answers.by_class(answers.mapped):
@@ -74,8 +132,8 @@ def fixed_place(answers: Answers, learnt: Learnt) -> Scored:
         if count > 1 and spread > 0:
             apart = answers.shares[rows] - learnt.usual
             others = learnt.totals[class_id] - count * learnt.usual - apart
-            found[rows] = (apart * others).sum((1, 2)) / (count - 1) / spread
-    return _above(found, 0.5)
+            found[rows] = 0.5 + (apart * others).sum((1, 2)) / (count - 1) / spread / 2
+    return _above(found, 0.75)
 
 
 def map_cluster(answers: Answers, learnt: Learnt) -> Scored:
@@ -198,14 +256,12 @@ def strengths(means: np.ndarray, errors: np.ndarray) -> Strengths:
     A class stands out if the logarithm of its mean lies above the interval in which those of the
     others predict it (Student's, with all of them known): with `_CHANCE`, divided by the classes
     and kinds, for a network in which nothing is wrong. Below a quarter of the median means count
-    as that, and the classes' spread is taken to be a tenth at least. A class of which one cannot be
-    sure that it is above the median never stands out. So a network of few classes needs a lot.
+    as that; the median is taken to be a thousandth at least, the classes' spread a tenth. A class
+    of which one cannot be sure that it is above the median never stands out. So a network of few
+    classes needs a lot.
     """
     known = np.flatnonzero(np.isfinite(means))
-    nothing = np.full(len(means), np.nan)
-    median = float(np.median(means[known])) if len(known) else 0.0
-    if median <= 0:
-        return Strengths(nothing, nothing, nothing, np.zeros(len(means), dtype=bool))
+    median = max(float(np.median(means[known])), _LEAST) if len(known) else _LEAST
     strength, error = means / median, 1.96 * errors / median
     low, high = strength - error, strength + error
     stands_out = np.zeros(len(means), dtype=bool)
