@@ -214,7 +214,9 @@ CORE, GPU = Allotment(1, 0.5, 0.0), Allotment(2, 0.5, 0.5)
 @pytest.mark.parametrize(
     ("images", "image_bytes", "costs", "allotments", "rows"),
     [
-        (10, 150_528, [0.02], [CORE], 3),  # four shards for the one actor
+        (10, 150_528, [0.02], [CORE], 10),  # less than half a second of work is not divided
+        (100, 150_528, [0.02], [CORE], 25),  # four shards for the one actor
+        (10, 150_528, [0.2], [CORE], 3),
         (10**7, 3_072, [0.02], [CORE], 512),
         (10**7, 150_528, [0.02], [CORE], 425),  # 64 MB of 224 × 224 × 3 bytes
         (10**7, 3 * 600 * 600, [0.02], [CORE], 59),

@@ -7,7 +7,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from made_runs import Images, Said, write_run
-from scacam.audit.shifts import SHIFTS, Class, Shifts
 from scipy.stats import spearmanr
 
 import scacam
@@ -15,6 +14,7 @@ from scacam import RunError
 from scacam.audit.compare import COMPARISON, compare_runs
 from scacam.audit.likeness import energy, likeness, standard_ranks
 from scacam.audit.maps import Ranking, top_maps
+from scacam.audit.shifts import SHIFTS, Class, Shifts
 from scacam.evaluation.sweep import iou
 from scacam.jobs.command import run_job
 

@@ -232,6 +232,9 @@ def test_evaluation_tells_layers_apart(run: scacam.Run, boxes: str) -> None:
     page = Path(report.run(run=run.path).path).read_text()
     for name in ("sca_cam (_fine.0)", "sca_cam (features)", "extent_cam"):
         assert f"<code>{name}</code>" in page
+    order = ["sca_cam (features)", "extent_cam", "grad_cam", "sca_cam (_fine.0)"]
+    places = [page.index(f'alt="{name} of one') for name in order]
+    assert places == sorted(places)
 
 
 def test_masks_are_measured_layer_by_layer(run: scacam.Run, tmp_path: Path) -> None:

@@ -207,4 +207,4 @@ def test_compare(labelled: Path, plain: Path) -> None:
     page = Path(result.page).read_text()
     assert not re.search(r"\bNone\b", page)
     for name in ("class 0", "class 1", "class 2", "red", "green", "blue"):
-        assert f"<td>{name}</td>" in page
+        assert name in page

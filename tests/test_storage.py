@@ -3,6 +3,7 @@
 import os
 import pickle
 import re
+import socket
 import subprocess
 import sys
 import threading
@@ -11,12 +12,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from aiohttp import ClientConnectorDNSError
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from servers import BUCKET, LIMITED_KEY, ObjectStore, Proxy
@@ -38,6 +41,7 @@ from scacam.storage import (
 )
 from scacam.storage.parquet import read_columns, write_table
 from scacam.storage.s3 import open_bucket
+from scacam.storage.stores import errors_of_the_store
 
 ODD = [
     "a b.jpg", "a#b.jpg", "a%20b.jpg", "100%.jpg", "ü你.jpg", "q\"uo'te.jpg", "new\nline.jpg",
@@ -612,6 +616,17 @@ def test_a_store_that_is_out_of_reach(monkeypatch):
             attempt()
         assert is_transient(caught.value)
     open_bucket.cache_clear()
+
+
+@pytest.mark.parametrize(
+    ("number", "waits"), [(socket.EAI_NONAME, False), (socket.EAI_AGAIN, True)]
+)
+def test_a_host_that_does_not_exist_is_not_waited_for(number, waits):
+    """But one whose name server does not answer is. The error is aiohttp's, made by hand."""
+    host = SimpleNamespace(host="nowhere.example", port=80, ssl=True)
+    with pytest.raises(OSError, match="nowhere") as caught, errors_of_the_store():
+        raise ClientConnectorDNSError(host, socket.gaierror(number, "no answer"))
+    assert is_transient(caught.value) is waits
 
 
 @pytest.mark.long

@@ -98,7 +98,8 @@ def in_view(boxes: np.ndarray, view: np.ndarray) -> InView:
 
 def fixed_iou(box: np.ndarray, truth: InView) -> float:
     """The best overlap of a box `[4]` in pixels of the original image; 0 where there is none."""
-    return float(np.nan_to_num(iou(box, truth.boxes).max()))
+    best = float(iou(box, truth.boxes).max())
+    return 0.0 if np.isnan(best) else best
 
 
 def peak_distance(peak: np.ndarray, truth: InView) -> float:

@@ -1,6 +1,6 @@
 """Arrow schemas of what an evaluation leaves in `OUT/metrics`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -8,7 +8,7 @@ import pyarrow as pa
 from scacam.evaluation.measures import MEASURES
 from scacam.tables import claimant_names
 
-__all__ = ["CURVES", "DIFFERENCES", "IMAGE_SCORES", "LOCALIZATION", "TRUE_BOXES", "named"]
+__all__ = ["CURVES", "DIFFERENCES", "IMAGE_SCORES", "LOCALIZATION", "TRUE_BOXES", "named", "placed"]
 
 Row = Mapping[str, Any]
 
@@ -102,4 +102,24 @@ def named(rows: Sequence[Row], others: Sequence[Row]) -> list[Row]:
         if "other" in row:
             row["other"] = names[row.get("other_layer"), row["other"]]
         found.append(row)
+    return found
+
+
+def placed(
+    network: str, rows: Iterable[Row], claimants: Mapping[str, tuple[str | None, str]]
+) -> list[Row]:
+    """Rows in which claimants have their names, as they are in tables: the reverse of `named`.
+
+    Args:
+        network: whose they are.
+        rows: with `method`, and perhaps `other`.
+        claimants: by name their layer and method.
+    """
+    found: list[Row] = []
+    for row in rows:
+        layer, method = claimants[row["method"]]
+        of_table = {"network": network, **row, "layer": layer, "method": method}
+        if "other" in row:
+            of_table["other_layer"], of_table["other"] = claimants[row["other"]]
+        found.append(of_table)
     return found

@@ -1,5 +1,6 @@
-"""Parquet tables that hold images: which of their columns does, and the bytes in a row of it."""
+"""Parquet tables that hold images: their images with labels, and the bytes in a row."""
 
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
 from functools import lru_cache
@@ -8,12 +9,14 @@ from threading import Lock
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from scacam.errors import RunError
-from scacam.storage import locate
+from scacam.inputs.contents import Contents, images_of, unreadable
+from scacam.storage import is_transient, join, locate, read_bytes
 
-__all__ = ["image_column", "read_row"]
+__all__ = ["check_table", "list_table", "read_row"]
 
 _NAMES = ("image", "img", "bytes", "content", "jpg", "jpeg", "png", "webp")
 _KEPT_GROUPS = 2
@@ -23,7 +26,45 @@ _lock = Lock()
 _groups: dict[tuple[str, int, str], Future[pa.ChunkedArray]] = {}
 
 
-def image_column(schema: pa.Schema, named: str | None = None) -> str | None:
+def list_table(
+    container: str, limit: int | None, image: str | None, label: str | None
+) -> Contents | None:
+    """The images of a table in its order, as for `containers.list_container`.
+
+    The offset of an image is its row.
+    """
+    filesystem, path = locate(container)
+    with filesystem.open_input_file(path) as file:
+        try:
+            table = pq.ParquetFile(file)
+            schema = table.schema_arrow
+            column = _image_column(schema, image)
+            if column is None:
+                return None
+            if label is not None and label not in schema.names:
+                raise RunError(
+                    f"{container} has no column {label!r}; it has {', '.join(schema.names)}"
+                )
+            if label is None and "label" in schema.names:
+                label = "label"
+            counts = [table.metadata.row_group(i).num_rows for i in range(table.num_row_groups)]
+            begins = [0, *accumulate(counts)]
+            count = begins[-1] if limit is None else min(limit, begins[-1])
+            groups = [group for group, begin in enumerate(begins[:-1]) if begin < count]
+            labels = table.read_row_groups(groups, [label])[label] if label else None
+        except (OSError, pa.ArrowInvalid) as error:
+            if is_transient(error):
+                raise
+            return Contents(unreadable(container), Counter())
+    prefix = f"{container}::{image}/" if image else f"{container}::"
+    rows = pa.array(np.arange(count))
+    uris = pc.binary_join_element_wise(prefix, rows.cast(pa.string()), "")
+    images = images_of(uris, pa.nulls(count, pa.int64()), rows, labels, container)
+    others = [] if label else [name for name in schema.names if "label" in name.lower()]
+    return Contents(images, Counter(), others)
+
+
+def _image_column(schema: pa.Schema, named: str | None = None) -> str | None:
     """The column that holds images as bytes, or as a struct with a field `bytes`; None if none.
 
     Args:
@@ -54,30 +95,42 @@ def image_column(schema: pa.Schema, named: str | None = None) -> str | None:
     return structs[0] if structs and named is None else None
 
 
-def read_row(
-    container: str, row: int, column: str | None = None
-) -> tuple[bytes | None, str | None]:
-    """The image in a row: its bytes, or where it has none perhaps its path.
+def read_row(container: str, member: str, offset: int | None, size: int | None) -> bytes:
+    """The image in a row, by its number, or by `COLUMN/` and its number.
 
     Row groups are read as a whole, each once for all threads, and the last ones are kept.
 
-    Args:
-        container: the table.
-        row: counted from 0.
-        column: left out, the one that holds images.
-
     Raises:
         FileNotFoundError: there is no such row.
-        OSError: the table cannot be read.
+        OSError: the table cannot be read, or the row is empty.
         ValueError: it is no Parquet table.
     """
+    column, _, row = member.rpartition("/")
+    content, path = _value(container, int(row), column)
+    if content is not None:
+        return content
+    if not path:
+        raise OSError(f"row {row} has neither bytes nor a path")
+    is_absolute = "://" in path or path.startswith("/")
+    return read_bytes(path if is_absolute else join(container.rpartition("/")[0], path))
+
+
+def check_table(container: str) -> None:
+    """Raise what is wrong with a table, if anything is."""
+    filesystem, path = locate(container)
+    with filesystem.open_input_file(path) as file:
+        pq.ParquetFile(file)
+
+
+def _value(container: str, row: int, column: str) -> tuple[bytes | None, str | None]:
+    """The image in a row, counted from 0: its bytes, or where it has none perhaps its path."""
     with _one_footer_at_a_time:
         metadata, ends = _footer(container)
     if not ends or not 0 <= row < ends[-1]:
         raise FileNotFoundError(f"{container} has no row {row}")
     group = int(np.searchsorted(ends, row, side="right"))
     first = ends[group - 1] if group else 0
-    column = column or image_column(metadata.schema.to_arrow_schema()) or ""
+    column = column or _image_column(metadata.schema.to_arrow_schema()) or ""
     value = _group(container, group, column, metadata)[row - first].as_py()
     if isinstance(value, dict):
         return value["bytes"], value.get("path")

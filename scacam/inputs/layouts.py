@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scacam.errors import RunError
-from scacam.inputs.containers import IMAGE_SUFFIXES
+from scacam.inputs.contents import IMAGE_SUFFIXES
 from scacam.inputs.labels import imagenet_names, imagenet_wnids, parse_labels
 from scacam.inputs.listing import UNDECODABLE, list_files
 from scacam.inputs.sheets import read_sheet

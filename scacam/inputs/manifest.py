@@ -16,14 +16,8 @@ import pyarrow.compute as pc
 from pyarrow import fs
 
 from scacam.errors import RunError
-from scacam.inputs.containers import (
-    CONTAINERS,
-    IMAGE_SUFFIXES,
-    IMAGES,
-    Contents,
-    list_container,
-    read_image,
-)
+from scacam.inputs.containers import CONTAINERS, list_container, read_image
+from scacam.inputs.contents import IMAGE_SUFFIXES, IMAGES, Contents
 from scacam.inputs.labels import class_ids, parse_labels, refuse_rows
 from scacam.inputs.listing import UNDECODABLE, File, Listing, list_files, suffix_of
 from scacam.inputs.sheets import SHEETS, Sheet, read_sheet

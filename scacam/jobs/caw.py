@@ -101,6 +101,7 @@ def run(
     target_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
     output_kind: Sequence[str] = (),
+    prompts: Sequence[str] = (),
     batch_size: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -114,7 +115,7 @@ def run(
     """
     refuse_below_one(batch_size=batch_size, limit=limit)
     manifest = read_manifest(input, limit, image_column, label_column).table
-    loaded = load_networks(networks, target_layer, categories, output_kind)
+    loaded = load_networks(networks, target_layer, categories, output_kind, prompts=prompts)
     path = join(output, "metrics/caw.parquet")
     with locked(output):
         start_ray()

@@ -23,16 +23,16 @@ from scacam.errors import RunError
 from scacam.evaluation.intervals import (
     Row,
     best_levels,
-    compared,
     curves,
     dealt,
     summarise,
 )
 from scacam.evaluation.measures import BASELINES
-from scacam.evaluation.metrics import TOP1, State, names_of, titles
+from scacam.evaluation.metrics import TOP1, State, names_of
 from scacam.evaluation.shards import CountHits, MeasureMasks, Part, ScoreImages
-from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION, named
+from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION, placed
 from scacam.evaluation.truth import MaskFiles, TrueBoxes, read_boxes, read_masks
+from scacam.evaluation.words import told
 from scacam.pipeline.cluster import start_ray
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
@@ -82,49 +82,17 @@ class Result:
 
     def add(self, network: str, table: str, rows: Iterable[Row], claimants: Claimants) -> None:
         """Add rows of a network to a table, each of a claimant by its name."""
-        for row in rows:
-            layer, method = claimants[row["method"]]
-            of_table = {"network": network, **row, "layer": layer, "method": method}
-            if "other" in row:
-                of_table["other_layer"], of_table["other"] = claimants[row["other"]]
-            self.rows[table].append(of_table)
+        self.rows[table] += placed(network, rows, claimants)
 
     def __str__(self) -> str:
         lines = [*self.remarks]
         for network in self.images:
-            lines += self._of_network(network)
+            rows, pairs = (
+                [row for row in self.rows[table] if row["network"] == network]
+                for table in ("localization", "differences")
+            )
+            lines += [f"\n{network}, in %, with 95 % intervals", *told(rows, pairs)]
         return "\n".join([*lines, "", f"tables: {self.path}"])
-
-    def _of_network(self, network: str) -> Iterator[str]:
-        """The metrics of all methods, and the best one against each other."""
-        rows, pairs = (
-            [row for row in self.rows[table] if row["network"] == network]
-            for table in ("localization", "differences")
-        )
-        rows, pairs = named(rows, rows), named(rows, pairs)
-        cells = {(row["method"], row["metric"]): row for row in rows}
-        methods = list(dict.fromkeys(row["method"] for row in rows))
-        width = max(map(len, methods))
-        shown = titles({row["metric"] for row in rows}, twins=False)
-        yield f"\n{network}, in %, with 95 % intervals"
-        yield " " * width + "".join(f"  {title:>19}" for title in shown.values())
-        for method in methods:
-            found = [cells[method, name] for name in shown]
-            told = (percent(row["value"], row["ci_low"], row["ci_high"]) for row in found)
-            yield f"{method:<{width}}" + "".join(f"  {words:>19}" for words in told)
-        comparison = compared(rows, pairs)
-        if comparison is None:
-            return
-        yield f"\n{shown[comparison.metric]} of {comparison.best} minus that of"
-        for other in comparison.others:
-            verdict = "within noise" if other.noise else "more than noise"
-            difference = percent(other.value, other.low, other.high, "+.1f")
-            yield f"{other.method:<{width}}  {difference:>19}  {verdict}"
-
-
-def percent(value: float, low: float, high: float, form: str = ".1f") -> str:
-    """A value and its interval."""
-    return f"{100 * value:{form}} [{100 * low:{form}}, {100 * high:{form}}]"
 
 
 def run(*, run: str, boxes: str | None = None, masks: str | None = None) -> Result:

@@ -66,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="classes per image (default: 5)")
     parser.add_argument(
+        "--min-probability",
+        type=float,
+        metavar="P",
+        help="leave out classes that are less probable, but for the most probable one "
+        "(default: all of the top K)",
+    )
+    parser.add_argument(
         "--explain-label", action="store_true", help="explain the labelled class as well"
     )
     parser.add_argument(
@@ -170,8 +177,10 @@ def run(
     finer_layer: Sequence[str] = (),
     categories: Sequence[str] = (),
     output_kind: Sequence[str] = (),
+    prompts: Sequence[str] = (),
     methods: Sequence[str] = tuple(METHODS),
     top_k: int = 5,
+    min_probability: float | None = None,
     explain_label: bool = False,
     embeddings: bool = False,
     view: ViewName = "center_crop",
@@ -203,7 +212,7 @@ def run(
         input, limit, image_column, label_column
     )
     wait_for_ray = start_ray if dry_run else ray_starting()
-    loaded = load_networks(networks, target_layer, categories, output_kind, finer_layer)
+    loaded = load_networks(networks, target_layer, categories, output_kind, finer_layer, prompts)
     manifest = resolve_labels(manifest, {network.name: network.categories for network in loaded})
     check_networks(options, loaded, manifest)
     if dry_run:
@@ -256,6 +265,10 @@ def check(options: SimpleNamespace) -> None:
     refuse_below_one(top_k=options.top_k, batch_size=options.batch_size, limit=options.limit)
     if not 0 <= options.max_error_rate <= 1:
         raise RunError(f"--max-error-rate must be from 0 to 1, not {options.max_error_rate:g}")
+    if options.min_probability is not None and not 0 < options.min_probability < 1:
+        raise RunError(
+            f"--min-probability must lie between 0 and 1, not be {options.min_probability:g}"
+        )
     if options.gpus is not None and options.gpus < 0:
         raise RunError(f"--gpus must be at least 0, not {options.gpus}")
     parse_networks(options.networks)
@@ -298,6 +311,7 @@ def describe(
         **describe_run(manifest.table, options.methods),
         "networks": [describe_network(network, options.methods) for network in networks],
         "top_k": options.top_k,
+        "min_probability": options.min_probability,
         "explain_label": options.explain_label,
         "embeddings": options.embeddings,
         "view": options.view,

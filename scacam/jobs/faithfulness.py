@@ -10,7 +10,6 @@ OUT/metrics.
 import argparse
 import logging
 import os
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,35 +22,29 @@ import torch
 from pyarrow import fs
 
 from scacam.errors import RunError
-from scacam.evaluation.intervals import Row, dealt, lead, summarise
-from scacam.evaluation.metrics import State
+from scacam.evaluation.intervals import Row, lead
+from scacam.evaluation.tables import named
+from scacam.evaluation.words import percent
 from scacam.jobs.estimate import Estimate, timed
-from scacam.jobs.evaluate import percent
 from scacam.jobs.options import refuse_below_one, seconds_per_image
 from scacam.methods import METHODS as CAMS
 from scacam.networks import Network, load_network
 from scacam.pipeline.cluster import allot, await_nodes, keep_freed_memory, start_ray
-from scacam.pipeline.faithfulness import ERRORS, PASS, Try, images_folder, stages, try_all
+from scacam.pipeline.faithfulness import Try, stages, try_all
 from scacam.runs.describe import describe_run
 from scacam.runs.lifecycle import begin, complete
 from scacam.runs.lock import locked
-from scacam.runs.proof import Proof
 from scacam.runs.record import differences, read_record
 from scacam.runs.results import Claimant, Run, open_run
-from scacam.runs.shards import shards_of
 from scacam.storage import join, locate
-from scacam.storage.parquet import read_columns, write_table
-from scacam.tables import INDEX, MANIFEST
-from scacam.trials.metrics import BASELINES, CURVES, METRICS, SANITY, chosen, passes, verdict
-from scacam.trials.tables import FAITHFULNESS, FAITHFULNESS_CURVES, FAITHFULNESS_DIFFERENCES
+from scacam.storage.parquet import write_table
+from scacam.tables import MANIFEST
+from scacam.trials.metrics import BASELINES, METRICS, SANITY, chosen, passes, verdict
+from scacam.trials.summary import TABLES, prove, summary
+from scacam.trials.tables import PASS, images_folder
 
 logger = logging.getLogger("scacam")
 
-_TABLES = {
-    "faithfulness": FAITHFULNESS,
-    "faithfulness_differences": FAITHFULNESS_DIFFERENCES,
-    "faithfulness_curves": FAITHFULNESS_CURVES,
-}
 _SEED = 0
 _SAMPLE_ON_CPU, _SAMPLE_ON_GPU = 2, 16
 
@@ -98,7 +91,7 @@ class Result:
     images: int
     errors: Mapping[str, int]
     remarks: list[str]
-    rows: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in _TABLES})
+    rows: dict[str, list[Row]] = field(default_factory=lambda: {name: [] for name in TABLES})
 
     @property
     def ok(self) -> bool:
@@ -119,6 +112,7 @@ class Result:
             [row for row in self.rows[table] if row["network"] == network]
             for table in ("faithfulness", "faithfulness_differences")
         )
+        rows, pairs = named(rows, rows), named(rows, pairs)
         cells = {(row["method"], row["metric"]): row["value"] for row in rows}
         methods = list(dict.fromkeys(row["method"] for row in rows))
         measured = {row["metric"] for row in rows}
@@ -272,8 +266,11 @@ def run(
             record = tried(task, record)
         result = Result(task.folder, record["images"], record["errors"], remarks)
         for network, each in zip(loaded, claimants, strict=True):
-            summarised(task, network.name, [one.name for one in each], result)
-        for name, schema in _TABLES.items():
+            places = {one.name: (one.layer, one.method) for one in each}
+            found = summary(task.folder, network.name, places, wanted, opened.image_ids)
+            for name, rows in found.items():
+                result.rows[name] += rows
+        for name, schema in TABLES.items():
             table = pa.Table.from_pylist(result.rows[name], schema)
             write_table(join(task.folder, f"{name}.parquet"), table)
     return result
@@ -363,7 +360,7 @@ def begun(task: Task) -> dict[str, Any]:
 
 def forget(metrics: str) -> None:
     """Delete what an earlier pass wrote."""
-    for name in ("faithfulness_images", PASS, *(f"{table}.parquet" for table in _TABLES)):
+    for name in ("faithfulness_images", PASS, *(f"{table}.parquet" for table in TABLES)):
         filesystem, path = locate(join(metrics, name))
         kind = filesystem.get_file_info(path).type
         if kind == fs.FileType.Directory:
@@ -382,7 +379,11 @@ def tried(task: Task, record: dict[str, Any]) -> dict[str, Any]:
     ]
     images = len(task.manifest)
     try_all(task.folder, images, task.networks, task.stages, costs, allot(costs, gpus))
-    proof = prove(task)
+    shown = {
+        network.name: len(claimants) + len(BASELINES)
+        for network, claimants in zip(task.networks, task.claimants, strict=True)
+    }
+    proof = prove(task.folder, task.manifest["image_id"].to_numpy(), shown)
     record |= {
         "status": "complete",
         "finished": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -391,91 +392,6 @@ def tried(task: Task, record: dict[str, Any]) -> dict[str, Any]:
     }
     complete(join(task.folder, PASS), record, proof)
     return record
-
-
-def prove(task: Task) -> Proof:
-    """Check that every image is once in the table of every network, or once in the errors.
-
-    Raises:
-        RunError: it is not so.
-    """
-    filesystem, _ = locate(task.folder)
-    index: list[dict[str, object]] = []
-
-    def ids_in(folder: str, network: str | None, claimants: int) -> np.ndarray:
-        found = [np.empty(0, dtype=np.int64)]
-        for shard in shards_of(task.folder, folder):
-            ids = read_columns(filesystem, shard.path, ["image_id"])["image_id"].to_numpy()
-            if len(ids):
-                found.append(ids[::claimants])
-                said = {"first_image_id": int(ids.min()), "last_image_id": int(ids.max())}
-                counted = {"rows": len(ids), "images": len(found[-1]), "bytes": shard.size}
-                path = f"{folder}/{shard.base_name}"
-                index.append({"path": path, "network": network, **counted, **said})
-        return np.concatenate(found)
-
-    failed = ids_in(ERRORS, None, 1)
-    wanted = task.manifest["image_id"].to_numpy()
-    for network, claimants in zip(task.networks, task.claimants, strict=True):
-        rows = len(claimants) + len(BASELINES)
-        found = ids_in(images_folder(network.name), network.name, rows)
-        if not np.array_equal(np.sort(np.concatenate([found, failed])), wanted):
-            raise RunError(
-                f"{task.folder} is not whole: {len(found):,} images tried by {network.name} and "
-                f"{len(failed):,} errors are not the {len(wanted):,} images of the pass"
-            )
-    errors: Counter[str] = Counter()
-    for shard in shards_of(task.folder, ERRORS):
-        errors.update(read_columns(filesystem, shard.path, ["error"])["error"].to_pylist())
-    return Proof(len(wanted) - len(failed), errors, pa.Table.from_pylist(index, INDEX))
-
-
-def summarised(task: Task, network: str, names: Sequence[str], result: Result) -> None:
-    """Add what the table of images of a network comes to: means, differences, mean curves."""
-    claimants = [*names, *BASELINES]
-    groups = dealt(len(task.run.image_ids))
-    ids = task.run.image_ids
-    curves: dict[str, np.ndarray] = {}
-    filesystem, _ = locate(task.folder)
-
-    def states() -> Iterator[State]:
-        for shard in shards_of(task.folder, images_folder(network)):
-            table = read_columns(
-                filesystem, shard.path, ["image_id", "method", *task.metrics, *CURVES]
-            )
-            if table["method"].to_pylist() != claimants * (len(table) // len(claimants)):
-                raise RunError(f"{shard.path} has other methods than {', '.join(claimants)}")
-            images = np.searchsorted(ids, table["image_id"].to_numpy()[:: len(claimants)])
-            for name in CURVES:
-                if not table[name].null_count:
-                    flat = table[name].combine_chunks().flatten().to_numpy()
-                    sums = flat.reshape(len(images), len(claimants), -1).sum(0, dtype=np.float64)
-                    curves[name] = curves.get(name, 0) + sums
-            values = {
-                name: table[name].to_numpy().reshape(-1, len(claimants)) for name in task.metrics
-            }
-            yield State.update(groups[images], values)
-
-    state = State.merge(states(), int(groups.max()) + 1)
-    count = int(state.images.sum())
-    if not count:
-        return
-    rows, pairs = summarise(state, claimants, task.metrics, table=METRICS)
-    result.rows["faithfulness"] += [{"network": network, **row} for row in rows]
-    result.rows["faithfulness_differences"] += [{"network": network, **row} for row in pairs]
-    for name, sums in curves.items():
-        for claimant, curve in zip(claimants, sums / count, strict=True):
-            for share, probability in zip(shares_of(name, len(curve)), curve, strict=True):
-                row = {"network": network, "method": claimant, "curve": name}
-                point = {"share": float(share), "probability": float(probability)}
-                result.rows["faithfulness_curves"].append({**row, **point})
-
-
-def shares_of(curve: str, points: int) -> np.ndarray:
-    """The shares of pixels at the points of a curve."""
-    if curve in ("morf", "lerf"):
-        return np.arange(1, points + 1) / (points + 1)
-    return np.linspace(0, 1, points)
 
 
 def estimated(task: Task) -> Estimate:

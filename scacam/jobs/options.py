@@ -53,7 +53,8 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         required=True,
         nargs="+",
         metavar="NAME[=WEIGHTS]",
-        help="torchvision's or scacam's name of a network, timm.NAME, or package.module:factory; "
+        help="torchvision's or scacam's name of a network, timm.NAME, hf.NAME, open_clip.NAME, or "
+        "package.module:factory; "
         "WEIGHTS is a published name, a checkpoint or 'random' (default: DEFAULT)",
     )
     parser.add_argument(
@@ -77,6 +78,12 @@ def add_network_options(parser: argparse.ArgumentParser) -> None:
         metavar="[NAME=]KIND",
         help="softmax if an image is of one class, sigmoid if each class is a question by itself, "
         "of every network or of the one named (default: what its last step is, else softmax)",
+    )
+    parser.add_argument(
+        "--prompts",
+        nargs="+",
+        metavar="[NAME=]FILE",
+        help="the classes of zero-shot networks (open_clip.NAME) in words, one per line",
     )
 
 
@@ -102,6 +109,7 @@ def load_networks(
     categories: Sequence[str] = (),
     output_kind: Sequence[str] = (),
     finer_layer: Sequence[str] = (),
+    prompts: Sequence[str] = (),
 ) -> list[Network]:
     """Load what the options of `add_network_options`, here by the same names, ask for.
 
@@ -114,10 +122,12 @@ def load_networks(
     finer = _one_by_network(finer_layer, list(wanted), "--finer-layer")
     files = _one_by_network(categories, list(wanted), "--categories")
     kinds = _one_by_network(output_kind, list(wanted), "--output-kind")
+    asked = _one_by_network(prompts, list(wanted), "--prompts")
     loaded = []
     for name, weights in wanted.items():
         logger.info("loading %s, weights %s", name, weights)
         names = _read_categories(files[name]) if name in files else None
+        zero_shot = name.startswith("open_clip.") and name in asked
         loaded.append(
             load_network(
                 name,
@@ -126,6 +136,7 @@ def load_networks(
                 finer_layer=finer.get(name),
                 categories=names,
                 output_kind=kinds.get(name),
+                prompts=_read_categories(asked[name]) if zero_shot else None,
             )
         )
     return loaded

@@ -224,11 +224,12 @@ def examine(
                 # A pass for each: its operations are those of a graph that begins at this layer.
                 with capture(module, images.shape[2:], [target], [target]) as captured:
                     output, raw = look_at_output(module, images[1:], output_kind)
+                again = answers[-1][0]
                 features = captured.of(target)
                 layers.append(_explained(module, images[1:], target, features, raw))
     finally:
         handle.remove()
-    _refuse_other_answer(answers[0][1], answers[-1][0])
+    _refuse_other_answer(answers[0][1], again)
     num_classes = both_classes(raw).shape[1]
     return Anatomy(tuple(layers), found.finer, found.finer_shape, output, num_classes)
 

@@ -11,9 +11,10 @@ import torch
 from torch import nn
 
 from scacam.errors import NetworkError
+from scacam.networks.hub import from_hugging_face, from_open_clip
 from scacam.networks.network import Network
 from scacam.networks.weights import is_checkpoint, load_into, num_classes_in, read_state_dict
-from scacam.networks.zoo import find_recipe
+from scacam.networks.zoo import Recipe, find_recipe
 from scacam.storage import absolute
 
 __all__ = ["load_network"]
@@ -31,27 +32,34 @@ def load_network(
     finer_layer: str | None = None,
     categories: Sequence[str] | None = None,
     output_kind: str | None = None,
+    prompts: Sequence[str] | None = None,
 ) -> Network:
     """Load a network by name, its parameters frozen.
 
     Args:
-        name: a network that `scacam.zoo` knows (torchvision's, `timm.NAME`, scacam's own), or
-            `package.module:factory`, a callable that returns an `nn.Module` or a `Network`.
+        name: a network that `scacam.zoo` knows (torchvision's, `timm.NAME`, scacam's own), an image
+            classifier of Hugging Face `hf.NAME`, a zero-shot classifier `open_clip.NAME`, or
+            `package.module:factory`, a callable that returns an `nn.Module` or a `Network`. A
+            network whose name has a slash is called by it with two hyphens there.
         weights: the name of published weights (`DEFAULT`, `IMAGENET1K_V1`, …), the path or `s3://`
             uri of a state-dict checkpoint, or `random` (from a fixed seed). A factory's `DEFAULT`
-            is what it returns.
+            is what it returns. Hugging Face's may be a folder that `save_pretrained` wrote.
         target_layer: the layer to explain, or several; left out, it is found.
         finer_layer: the finer layer; left out, it is found.
         categories: names of the classes; left out, those published with the network, if it has as
             many classes.
         output_kind: as `Network` takes it.
+        prompts: the classes of a zero-shot classifier in words.
 
     Raises:
         NetworkError: no such network or weights, the weights do not fit, or the network cannot be
             explained (see `Network`).
     """
-    load = _from_factory if ":" in name else _from_recipe
-    network = load(name, weights, target_layer, finer_layer, categories, output_kind)
+    rest = target_layer, finer_layer, categories, output_kind
+    if ":" in name:
+        network = _from_factory(name, weights, *rest)
+    else:
+        network = _from_recipe(name, weights, _recipe(name, weights, prompts), *rest)
     network.module.requires_grad_(False)
     network.rebuild = partial(
         load_network,
@@ -61,34 +69,44 @@ def load_network(
         finer_layer=finer_layer,
         categories=categories,
         output_kind=output_kind,
+        prompts=prompts,
     )
     return network
+
+
+def _recipe(name: str, weights: str, prompts: Sequence[str] | None) -> Recipe:
+    library, _, model = name.partition(".")
+    if library == "hf":
+        return from_hugging_face(model, weights)
+    if library == "open_clip":
+        return from_open_clip(model, weights, prompts)
+    return find_recipe(name, weights)
 
 
 def _from_recipe(
     name: str,
     weights: str,
+    recipe: Recipe,
     target_layer: str | Sequence[str] | None,
     finer_layer: str | None,
     categories: Sequence[str] | None,
     output_kind: str | None,
 ) -> Network:
-    recipe = find_recipe(name, weights)
     if weights == "random":
         module = _seeded(partial(recipe.build, _CLASSES))
-    elif is_checkpoint(weights):
+    elif is_checkpoint(weights) and not recipe.reads_files:
         module = _restored(recipe.build, weights)
     else:
         module, weights = recipe.publish(), recipe.weights
     network = Network(
         module,
-        name=name,
+        name=name.replace("/", "--"),  # it is the name of a folder
         target_layer=target_layer,
         finer_layer=finer_layer,
         preprocessing=recipe.preprocessing,
         categories=categories,
         weights=weights,
-        output_kind=output_kind,
+        output_kind=output_kind or recipe.output_kind,
     )
     if categories is None and network.num_classes == len(recipe.categories):
         network.categories = tuple(recipe.categories)

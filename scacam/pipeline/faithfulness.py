@@ -28,25 +28,16 @@ from scacam.pipeline.sink import ShardSink
 from scacam.pipeline.stream import prepare
 from scacam.runs.results import Claimant, open_run
 from scacam.storage import join, locate
-from scacam.trials.tables import IMAGE_FAITHFULNESS
+from scacam.trials.metrics import BASELINES
+from scacam.trials.tables import ERRORS, IMAGE_FAITHFULNESS, PASS, images_folder
 
 if TYPE_CHECKING:
     from scacam.networks import Network
     from scacam.trials.faithfulness import Faithfulness
 
-__all__ = ["ERRORS", "PASS", "Try", "images_folder", "stages", "try_all"]
-
-PASS = "faithfulness"
-"""The folder of the pass below `OUT/metrics`: its record, its manifest, its errors."""
-
-ERRORS = f"{PASS}/errors"
+__all__ = ["Try", "stages", "try_all"]
 
 _STORED = pa.schema(list(IMAGE_FAITHFULNESS)[2:])
-
-
-def images_folder(network: str) -> str:
-    """The folder of a network's table of images, below `OUT/metrics`."""
-    return f"faithfulness_images/network={network}"
 
 
 class _Checkpoint(Checkpoint):
@@ -116,7 +107,7 @@ class Try(Holder):
             lengths = np.zeros(len(batch), dtype=np.int64)
             structs = []
             for rows, faithfulness in found:
-                structs.append(_structs(faithfulness))
+                structs.append(_structs(faithfulness, self.claimants))
                 lengths[rows] = len(faithfulness.claimants)
             column = list_column(structs, lengths, pa.struct(_STORED))
             batch = self.without_pixels(batch)
@@ -158,10 +149,11 @@ class Try(Holder):
         return set_failures(batch, failures) if failures else batch, found
 
     def _maps(self, ids: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:
-        """The stored maps of some images, whose ids rise, by claimant: `[N, top_k, h, w]`.
+        """The stored maps of some images by claimant: `[N, top_k, h, w]`.
 
         And the top class of each, and its width and height as they were.
         """
+        order = np.argsort(ids)
         classes = np.zeros(len(ids), dtype=np.int64)
         sizes = np.zeros((len(ids), 2), dtype=np.int32)
         maps = {
@@ -175,7 +167,7 @@ class Try(Holder):
             table = self.run.explanations(
                 self.network.name, None, columns, where, ids, layer=layer
             ).to_table()
-            places = np.searchsorted(ids, table["image_id"].to_numpy())
+            places = order[np.searchsorted(ids[order], table["image_id"].to_numpy())]
             ranks = table["rank"].to_numpy() - 1
             heatmaps = tensors(table["heatmap"])
             methods = np.array(table["method"].to_pylist(), dtype=object)
@@ -189,11 +181,12 @@ class Try(Holder):
         return maps, classes, sizes
 
 
-def _structs(found: "Faithfulness") -> pa.StructArray:
+def _structs(found: "Faithfulness", methods: Sequence[Claimant]) -> pa.StructArray:
     """Image by image and claimant by claimant, as they are stored."""
     images, claimants = len(found.class_ids), len(found.claimants)
     columns: dict[str, Any] = {
-        "method": list(found.claimants) * images,
+        "method": [*(one.method for one in methods), *BASELINES] * images,
+        "layer": [*(one.layer for one in methods), *[None] * len(BASELINES)] * images,
         "class_id": np.repeat(found.class_ids, claimants),
         "probability": np.repeat(found.probability, claimants),
         **{name: values.ravel() for name, values in found.metrics.items()},

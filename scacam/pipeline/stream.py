@@ -47,6 +47,7 @@ def stages(
         {
             "methods": options.methods,
             "top_k": options.top_k,
+            "min_probability": options.min_probability,
             "explain_label": options.explain_label,
             "embeddings": options.embeddings,
             "sampling": sampling,

@@ -41,6 +41,7 @@ def lines(
     alt: str,
     percent: bool = False,
     y_range: tuple[float, float] | None = None,
+    marker: str | None = None,
 ) -> Markup:
     """Draw curves into one chart.
 
@@ -50,6 +51,7 @@ def lines(
         alt: what the chart shows, for those who cannot see it.
         percent: whether both axes are shares, to be written as percentages.
         y_range: lowest and highest y to be shown; values beyond it are left out.
+        marker: of each point, for series that are a point each.
 
     Returns:
         An `svg` element.
@@ -68,10 +70,11 @@ def lines(
                 color=_COLOURS[index % len(_COLOURS)],
                 linestyle=_DASHES[index % len(_DASHES)],
                 linewidth=1.8,
+                marker=marker,
                 clip_on=False,
             )
         axes.set(xlabel=x_label, ylabel=y_label, ylim=y_range)
-        axes.margins(x=0)
+        axes.margins(x=0.05 if marker else 0)
         axes.tick_params(bottom=False, left=False)
         axes.grid(axis="y", color="#80808040", linewidth=0.8, clip_on=False)
         if percent:

@@ -22,6 +22,7 @@ from scacam.drawing import colours
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
 from scacam.report.findings import pictured, shortcuts
+from scacam.report.faithfulness import faithfulness, least_faithful
 from scacam.report.gallery import Gallery, share
 from scacam.report.html import Picture, encoded, render
 from scacam.report.sections import (
@@ -35,6 +36,7 @@ __all__ = ["report"]
 
 _SPREAD, _MATRIX, _LOPSIDED = 3, 48, 20
 _RANKED, _PAIRS, _ENDS, _OF_CLASS, _PER_CLASS = 10, 4, 5, 12, 4
+_LOCALIZER = "extent_cam"
 _CLASSES_SHOWN, _CLASSES_LISTED, _ERRORS_LISTED, _THUMBNAIL = 5, 100, 20, 120
 
 
@@ -65,10 +67,15 @@ class _Content:
             for network in self.networks
         }
         self.shortcuts = shortcuts(run)
+        self.least = {
+            network.network: least_faithful(run, network.network, network.judge, _ENDS)
+            for network in self.networks
+        }
         for network in self.networks:
             if network.network in self.shortcuts:
                 self.gallery.want(network.network, self.shortcuts[network.network].image_ids)
             listed = network.suspects[:_RANKED] + network.disputed[:_PAIRS]
+            listed += self.least[network.network]
             listed += [entry for end in self.ends[network.network] for entry in end]
             self.gallery.want(network.network, [*self.spread, *_ids(listed)])
             for image_ids in self.examples[network.network].values():
@@ -91,6 +98,7 @@ class _Content:
             ],
             "weights": class_activation_weights(self.run),
             "localization": localization(self.run),
+            "faithfulness": faithfulness(self.run),
             "pairs": [self._pair(pair) for pair in self.found.pairs],
             "border_area": BORDER_AREA,
             "corner_area": CORNER_AREA,
@@ -182,6 +190,7 @@ class _Content:
             "shortcut": pictured(
                 self.shortcuts.get(network.network), self.gallery, network.judge.name
             ),
+            "least": [self._least(network, entry) for entry in self.least[network.network]],
             "disputed": [self._disputed(network, entry) for entry in network.disputed[:_PAIRS]],
         }
 
@@ -234,7 +243,7 @@ class _Content:
         panels = []
         photo = None
         for network in self.networks:
-            found = self.gallery.tops(network.network, image_id, network.methods)
+            found = self.gallery.tops(network.network, image_id, _in_order(network))
             if found:
                 photo = photo or self.gallery.photo(found[0])
                 panels.append(
@@ -250,7 +259,7 @@ class _Content:
     def _top_classes(self, network: NetworkAudit, image_id: int) -> dict[str, list[Picture]]:
         """The top classes of one image, each claimant on one scale: the judge, and extent_cam."""
         found = {}
-        for claimant in dict.fromkeys((network.judge.name, "extent_cam")):
+        for claimant in dict.fromkeys((network.judge.name, _LOCALIZER)):
             rows = self.gallery.rows(network.network, image_id, claimant)
             top = self._common_maximum(rows)
             pictures = [self.gallery.overlay(row, [self.gallery.title(row)], top) for row in rows]
@@ -287,6 +296,12 @@ class _Content:
                     pictures.append(self.gallery.overlay(row, lines))
         return pictures
 
+    def _least(self, network: NetworkAudit, entry: dict[str, Any]) -> Picture:
+        """An image whose map is least faithful."""
+        row = self.gallery.top(network.network, entry["image_id"], network.judge.name)
+        why = f"insertion {entry['insertion_auc']:.0%}, deletion {entry['deletion_auc']:.0%}"
+        return self.gallery.overlay(row, [self.gallery.title(row), why, self.gallery.truth(row)])
+
     def _disputed(self, network: NetworkAudit, entry: dict[str, Any]) -> list[Picture]:
         """The two methods that agree least about an image."""
         rows = self.gallery.tops(network.network, entry["image_id"], network.methods)
@@ -320,6 +335,13 @@ class _Content:
                 ]
             )
         return {"audit": pair, "pictures": pictures}
+
+
+def _in_order(network: NetworkAudit) -> list[str]:
+    """The methods of a network, the one that localizes beside the one that judges."""
+    judge = network.judge.name
+    order = {name: index for index, name in enumerate(network.methods)}
+    return sorted(order, key=lambda name: order[judge] + 0.5 if name == _LOCALIZER else order[name])
 
 
 _WORRIES = {

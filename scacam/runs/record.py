@@ -17,6 +17,7 @@ _FINGERPRINT = (
     "networks",
     "methods",
     "top_k",
+    "min_probability",
     "explain_label",
     "embeddings",
     "view",

@@ -1,5 +1,6 @@
 """Stores other than the local disk, by fsspec, as the filesystems that pyarrow and Ray know."""
 
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -181,6 +182,9 @@ def errors_of_the_store() -> Iterator[None]:
 
 
 def _kind(error: Exception) -> type[OSError]:
+    if isinstance(error, aiohttp.ClientConnectorDNSError):
+        gone = error.os_error.errno == socket.EAI_NONAME  # no such host, whenever one asks
+        return OSError if gone else ConnectionError
     status = http_status(error) or http_status(error.__cause__)  # of s3fs's own error
     if status in (404, 410):
         return FileNotFoundError

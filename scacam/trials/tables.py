@@ -1,15 +1,27 @@
-"""Arrow schemas of what a pass over a run leaves in `OUT/metrics`, and reading it back."""
+"""Arrow schemas of what a pass over a run leaves in `OUT/metrics`."""
 
 import pyarrow as pa
 
 from scacam.evaluation.tables import DIFFERENCES, LOCALIZATION
 from scacam.trials.metrics import CURVES, METRICS
 
-__all__ = ["FAITHFULNESS", "FAITHFULNESS_CURVES", "FAITHFULNESS_DIFFERENCES", "IMAGE_FAITHFULNESS"]
+__all__ = [
+    "ERRORS",
+    "FAITHFULNESS",
+    "FAITHFULNESS_CURVES",
+    "FAITHFULNESS_DIFFERENCES",
+    "IMAGE_FAITHFULNESS",
+    "PASS",
+    "images_folder",
+]
+
+PASS = "faithfulness"
+"""The folder of the pass below `OUT/metrics`: its record, its manifest, its errors."""
+
+ERRORS = f"{PASS}/errors"
 
 FAITHFULNESS = pa.schema([field for field in LOCALIZATION if field.name != "thresholds"])
-"""Means over images, with 95 % intervals. Methods that a network has at several layers have these
-in their names."""
+"""Means over images, with 95 % intervals. Baselines have no layer, here as in all tables."""
 
 FAITHFULNESS_DIFFERENCES = DIFFERENCES
 """As of localization: a method minus another on the same images, with paired intervals."""
@@ -17,6 +29,7 @@ FAITHFULNESS_DIFFERENCES = DIFFERENCES
 FAITHFULNESS_CURVES = pa.schema(
     [
         ("network", pa.string()),
+        ("layer", pa.string()),
         ("method", pa.string()),
         ("curve", pa.string()),
         ("share", pa.float64()),
@@ -30,6 +43,7 @@ IMAGE_FAITHFULNESS = pa.schema(
         ("image_id", pa.int64()),
         ("uri", pa.string()),
         ("method", pa.string()),
+        ("layer", pa.string()),
         ("class_id", pa.int32()),
         ("probability", pa.float32()),
         *((name, pa.float64()) for name in METRICS),
@@ -37,3 +51,8 @@ IMAGE_FAITHFULNESS = pa.schema(
     ]
 )
 """How faithful one map is: every metric, null where it was not asked for, and the curves."""
+
+
+def images_folder(network: str) -> str:
+    """The folder of a network's table of images, below `OUT/metrics`."""
+    return f"faithfulness_images/network={network}"

@@ -1,0 +1,147 @@
+"""The section of the report about what a faithfulness pass found."""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from markupsafe import Markup
+
+from scacam.audit.maps import Ranking
+from scacam.evaluation.intervals import Row, lead
+from scacam.evaluation.metrics import headline, titles
+from scacam.evaluation.tables import named
+from scacam.report.charts import lines
+from scacam.runs.results import Claimant, Run
+from scacam.trials.metrics import BASELINES, CURVES, METRICS, SANITY, verdict
+from scacam.trials.tables import images_folder
+
+__all__ = ["faithfulness", "least_faithful"]
+
+_ALIKE = 1e-3
+"""Curves that are nowhere further apart are drawn as one."""
+
+
+def faithfulness(run: Run) -> list[dict[str, Any]]:
+    """For each network that was tried: its metrics, what leads, its curves, and the verdict."""
+    dataset = run.metrics("faithfulness")
+    if dataset is None:
+        return []
+    sections = []
+    for network, rows in groupby(dataset.to_table().to_pylist(), key=lambda row: row["network"]):
+        found = list(rows)
+        of_network = named(found, found)
+        measured = {row["metric"] for row in of_network}
+        sections.append(
+            {
+                "network": network,
+                "images": max(row["images"] for row in of_network),
+                "metrics": [one for name, one in METRICS.items() if one.brief and name in measured],
+                "methods": list(dict.fromkeys(row["method"] for row in of_network)),
+                "cells": {(row["method"], row["metric"]): row for row in of_network},
+                "leads": _leads(run, network, found),
+                "charts": _charts(run, network, found),
+                "against": _against_localization(run, network, of_network),
+                "verdict": verdict(of_network),
+            }
+        )
+    return sections
+
+
+def _leads(run: Run, network: str, found: Sequence[Row]) -> list[dict[str, Any]]:
+    """By each metric of faithfulness the best method and the next."""
+    dataset = run.metrics("faithfulness_differences")
+    if dataset is None:
+        return []
+    rows = named(found, found)
+    pairs = named(found, dataset.to_table(filter=pc.field("network") == network).to_pylist())
+    leads = []
+    for name, metric in METRICS.items():
+        if name in SANITY or not metric.brief:
+            continue
+        best = lead(rows, pairs, name, metric.higher_is_better, BASELINES)
+        others = [] if best is None else [one for one in best.others if one.method not in BASELINES]
+        if best is not None and others:
+            second = min(others, key=lambda other: abs(other.value))
+            leads.append({"metric": metric.title, "best": best.best, "second": second})
+    return leads
+
+
+def _charts(run: Run, network: str, found: Sequence[Row]) -> list[tuple[str, Markup]]:
+    """The mean curves of all methods, with what is done along them."""
+    dataset = run.metrics("faithfulness_curves")
+    if dataset is None:
+        return []
+    charts = []
+    table = dataset.to_table(filter=pc.field("network") == network)
+    for curve, done in CURVES.items():
+        points = table.filter(pc.equal(table["curve"], curve)).to_pylist()
+        by_method: dict[str, list[tuple[float, float]]] = {}
+        for row in named(found, points):
+            by_method.setdefault(row["method"], []).append((row["share"], row["probability"]))
+        series: list[tuple[list[str], np.ndarray]] = []
+        for method, pairs in by_method.items():
+            own = np.array(sorted(pairs))
+            for names, other in series:
+                if np.abs(own - other).max() < _ALIKE:
+                    names.append(method)
+                    break
+            else:
+                series.append(([method], own))
+        if series:
+            alt = f"Mean probability of the top class of {network} while {done}"
+            chart = lines(
+                {", ".join(names): (own[:, 0], own[:, 1]) for names, own in series},
+                "share of the pixels",
+                "probability of the top class",
+                alt,
+                percent=True,
+            )
+            charts.append((done, chart))
+    return charts
+
+
+def _against_localization(
+    run: Run, network: str, of_network: Sequence[Row]
+) -> dict[str, Any] | None:
+    """Each method as a point, how faithful over how well it localizes; None without both."""
+    dataset = run.metrics("localization")
+    faithful = next((name for name, one in METRICS.items() if one.headline), "")
+    if dataset is None:
+        return None
+    found = dataset.to_table(filter=pc.field("network") == network).to_pylist()
+    names = {row["metric"] for row in found}
+    by = headline(names)
+    across = _values(named(found, found), by or "")
+    up = _values(of_network, faithful)
+    shared = [method for method in up if method in across and method not in BASELINES]
+    if by is None or len(shared) < 2:
+        return None
+    axes = titles(names)[by], METRICS[faithful].title
+    points = {method: (np.array([across[method]]), np.array([up[method]])) for method in shared}
+    alt = f"{axes[1]} over {axes[0]} of the methods of {network}"
+    return {"axes": axes, "chart": lines(points, *axes, alt, percent=True, marker="o")}
+
+
+def _values(rows: Sequence[Row], metric: str) -> Mapping[str, float]:
+    return {row["method"]: row["value"] for row in rows if row["metric"] == metric}
+
+
+def least_faithful(run: Run, network: str, claimant: Claimant, size: int) -> list[dict[str, Any]]:
+    """The images whose map is least faithful: insertion the least above deletion.
+
+    None of them if these two were not measured.
+    """
+    dataset = run.metrics(images_folder(network))
+    least = Ranking(size)
+    if dataset is not None:
+        columns = ["image_id", "uri", "class_id", "insertion_auc", "deletion_auc"]
+        where = (pc.field("method") == claimant.method) & (pc.field("layer") == claimant.layer)
+        for batch in dataset.to_batches(columns=columns, filter=where):
+            table = pa.Table.from_batches([batch])
+            if not table["insertion_auc"].null_count and not table["deletion_auc"].null_count:
+                gap = table["insertion_auc"].to_numpy() - table["deletion_auc"].to_numpy()
+                least.add(-gap, table)
+    return least.entries
