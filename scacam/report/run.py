@@ -21,8 +21,8 @@ from scacam.audit.maps import true_boxes
 from scacam.drawing import colours
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
-from scacam.report.findings import pictured, shortcuts
 from scacam.report.faithfulness import faithfulness, least_faithful
+from scacam.report.findings import pictured, shortcuts
 from scacam.report.gallery import Gallery, share
 from scacam.report.html import Picture, encoded, render
 from scacam.report.sections import (
