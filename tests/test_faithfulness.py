@@ -329,6 +329,19 @@ def test_a_batch_is_its_images(network, shown):
             np.testing.assert_allclose(values, whole.metrics[name][one], atol=1e-4, err_msg=name)
 
 
+def test_many_images_are_tried_in_parts(network, shown):
+    images, explanation = shown
+    heatmaps = {"sca_cam": explanation.heatmaps["sca_cam"]}
+    names = ["average_drop", "random_head"]
+    once = faithfulness(network, images, heatmaps, names)
+    often = {"sca_cam": heatmaps["sca_cam"].repeat(4, 1, 1, 1)}
+    found = faithfulness(network, images.repeat(4, 1, 1, 1), often, names)
+    assert found.metrics["random_head"].shape == (20, 5)
+    np.testing.assert_allclose(
+        found.metrics["average_drop"][15:, 0], once.metrics["average_drop"][:, 0], atol=1e-6
+    )
+
+
 def test_maps_that_rank_alike_share_their_passes(network, shown):
     images, explanation = shown
     seen = SimpleNamespace(images=0)

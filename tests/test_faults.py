@@ -24,7 +24,7 @@ pytestmark = pytest.mark.long
 
 ROOT = Path(__file__).parent.parent
 IMAGES = 160
-_SHARDS_PER_NODE = 3
+_SHARDS_PER_NODE = 5
 LAYERS = ("explanations/network=a/layer=1", "explanations/network=a/layer=2")
 
 

@@ -10,13 +10,17 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
+import ray
+import ray.data
 from servers import BUCKET, ObjectStore
 
 from scacam.errors import ImageError, RunError
 from scacam.images import Preprocessing, see
 from scacam.localization import localize
 from scacam.pipeline import decode
+from scacam.pipeline.checkpoint import checkpoint, images_of
 from scacam.pipeline.cluster import start_ray
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.localize import Localize
@@ -130,6 +134,26 @@ def test_a_map_that_raises_costs_its_image_alone(tmp_path):
         rows = ds.dataset(tmp_path / folder).to_table()
         assert rows["image_id"].to_pylist() == others
     assert ds.dataset(tmp_path / "errors").to_table()["image_id"].to_pylist() == [3]
+
+
+@pytest.mark.parametrize("done", [[], [0, 299, 300, 999], list(range(1000))])
+def test_the_images_of_a_run_are_those_that_its_checkpoint_does_not_have(tmp_path, done):
+    start_ray()
+    images = manifest([f"{index}.jpg" for index in range(1000)])
+    pq.write_table(images, tmp_path / "manifest.parquet", row_group_size=300)
+    (tmp_path / ".checkpoint").mkdir()
+    pq.write_table(
+        pa.table({"image_id": pa.array(done, pa.int64())}), tmp_path / ".checkpoint/0.parquet"
+    )
+    context = ray.data.DataContext.get_current()
+    context.checkpoint_config = checkpoint(str(tmp_path))
+    try:
+        images_of(str(tmp_path), 0.5).write_parquet(str(tmp_path / "left"))
+    finally:
+        context.checkpoint_config = None
+    left = ds.dataset(tmp_path / "left").to_table() if len(done) < 1000 else MANIFEST.empty_table()
+    kept = images.filter(~np.isin(np.arange(1000), done))
+    assert left.sort_by("image_id").cast(MANIFEST) == kept
 
 
 def test_what_failed_before_keeps_its_reason():

@@ -326,11 +326,12 @@ def reloaded(run: Run, name: str) -> Network:
     ]
     logger.info("loading %s, weights %s", name, weights)
     network = load_network(
-        name,
+        described.get("loaded_as") or name,
         "DEFAULT" if weights == "as made by the factory" else weights,
         target_layer=[*layers, described["target_layer"]],
         finer_layer=described.get("finer_layer"),
         output_kind=described.get("output_kind"),
+        prompts=described.get("prompts"),
     )
     if network.digest() != described["sha256"]:
         raise RunError(

@@ -66,11 +66,11 @@ class _Content:
             network.network: best_and_worst(run, network.network, network.judge, _ENDS)
             for network in self.networks
         }
-        self.shortcuts = shortcuts(run)
         self.least = {
             network.network: least_faithful(run, network.network, network.judge, _ENDS)
             for network in self.networks
         }
+        self.shortcuts = shortcuts(run)
         for network in self.networks:
             if network.network in self.shortcuts:
                 self.gallery.want(network.network, self.shortcuts[network.network].image_ids)
@@ -187,10 +187,10 @@ class _Content:
             "images_of_class": self._images_of_class(network, one_class) if one_class else [],
             "suspects": [self._ranked(network, entry) for entry in network.suspects[:_RANKED]],
             "ends": [self._localized(network, end) for end in self.ends[network.network]],
+            "least": [self._least(network, entry) for entry in self.least[network.network]],
             "shortcut": pictured(
                 self.shortcuts.get(network.network), self.gallery, network.judge.name
             ),
-            "least": [self._least(network, entry) for entry in self.least[network.network]],
             "disputed": [self._disputed(network, entry) for entry in network.disputed[:_PAIRS]],
         }
 

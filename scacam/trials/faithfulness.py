@@ -50,6 +50,21 @@ class Faithfulness:
             {name: values[images] for name, values in self.curves.items()},
         )
 
+    @classmethod
+    def joined(cls, parts: "Sequence[Faithfulness]") -> "Faithfulness":
+        """That of the images of all parts, which say the same of each."""
+        first = parts[0]
+        return cls(
+            first.claimants,
+            np.concatenate([part.class_ids for part in parts]),
+            np.concatenate([part.probability for part in parts]),
+            {
+                name: np.concatenate([part.metrics[name] for part in parts])
+                for name in first.metrics
+            },
+            {name: np.concatenate([part.curves[name] for part in parts]) for name in first.curves},
+        )
+
     def mean(self) -> dict[str, dict[str, float]]:
         """The means over the images, by metric and claimant."""
         return {
@@ -208,4 +223,9 @@ def faithfulness(
             raise ScacamError("random_logit needs the maps of more classes than the top one")
         wanted = wanted or [one.name for one in chosen(None) if one.needs != "random_logit"]
     trials = Trials(network, [Tried(name, name) for name in full], wanted, steps)
-    return trials(images, full, range(len(images)))
+    parts = []
+    for start in range(0, len(images), _BATCH):
+        some = slice(start, start + _BATCH)
+        shown = {name: of_method[some] for name, of_method in full.items()}
+        parts.append(trials(images[some], shown, range(len(images))[some]))
+    return Faithfulness.joined(parts)
