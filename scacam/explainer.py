@@ -123,7 +123,7 @@ def observe(
                         logits.detach().to(features.dtype),
                         class_ids,
                         partial(head.gradients, network.module, features),
-                        network.probabilities,
+                        network.output.kind == "softmax",
                         None if scores is None else _widened(captured.of(scores).detach()),
                     )
                 seen = Observation(

@@ -35,7 +35,7 @@ class LinearHead(NamedTuple):
         logits: `[B, classes]`.
         class_ids: of the explained classes, `[B, K]`.
         gradients: of the logits of any classes `[B, R]` with respect to the features.
-        probabilities: from logits `[…, classes]`, over the last axis.
+        is_softmax: whether probabilities are the softmax of the logits, not the sigmoid of each.
         scores: where the kind is `scores`, those of each class before the ReLU,
             `[B, classes, h, w]`; else None.
     """
@@ -46,7 +46,7 @@ class LinearHead(NamedTuple):
     logits: Tensor
     class_ids: Tensor
     gradients: Callable[[Tensor], Gradients]
-    probabilities: Callable[[Tensor], Tensor]
+    is_softmax: bool
     scores: Tensor | None
 
 
@@ -61,13 +61,16 @@ def recipro_cam(features: Tensor, head: LinearHead) -> Tensor:
     if head.scores is not None:
         # The other cells hold zeros, of which the score is the bias.
         rest = (cells - 1) * head.biases.relu()
-        logits = (head.scores.flatten(2).mT.relu() + rest) / cells
+        logits = head.scores.flatten(2).relu().add_(rest[:, None]).div_(cells)
     else:
         kept = features.relu() if head.kind == "rectified" else features
-        logits = kept.flatten(2).mT @ (head.weights.T / cells) + head.biases
-    probabilities = head.probabilities(logits).to(features.dtype).mT
-    chosen = head.class_ids[..., None].expand(-1, -1, cells)
-    return probabilities.gather(1, chosen).unflatten(2, features.shape[2:])
+        logits = ((head.weights / cells) @ kept.flatten(2)).add_(head.biases[:, None])
+    chosen = logits.gather(1, head.class_ids[..., None].expand(-1, -1, cells))
+    if head.is_softmax:
+        maps = (chosen - logits.logsumexp(1, keepdim=True)).exp()
+    else:
+        maps = chosen.sigmoid()
+    return maps.unflatten(2, features.shape[2:])
 
 
 def ablation_cam(features: Tensor, head: LinearHead) -> Tensor:
