@@ -36,6 +36,7 @@ def _explained(
         top_k=3,
         explain_label=True,
         min_probability=min_probability,
+        embeddings=False,
         sampling=0,
         bfloat16=False,
         last_use=True,
@@ -44,7 +45,8 @@ def _explained(
         tally=None,
     )
     batch = stage(Decode([network.preprocessing], "center_crop", None)(table))
-    rows = batch[batch.column_names[-1]].to_pylist()
+    (column,) = (name for name in batch.column_names if name.startswith("explanations/"))
+    rows = batch[column].to_pylist()
     return [[(row["class_id"], row["rank"]) for row in image] for image in rows]
 
 

@@ -253,7 +253,7 @@ def run(
     if opened.config.get("status") != "complete":
         raise RunError(f"the run in {run} is not complete; complete it first")
     wanted, remarks = metrics_of(opened, metrics)
-    names = networks or list(opened.networks)
+    names = list(dict.fromkeys(networks)) or list(opened.networks)
     claimants = [claimants_of(opened, name, methods) for name in names]
     manifest = sample(opened, images)
     loaded = [reloaded(opened, name) for name in names]
