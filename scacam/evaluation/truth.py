@@ -108,7 +108,7 @@ def read_boxes(source: str, manifest: pa.Table) -> tuple[TrueBoxes, LeftOut]:
     columns = {"box": np.arange(len(table)), "key": keys}
     if "class_id" in table.column_names:
         columns["class_id"] = _numbers(table["class_id"], source)
-    merged = pa.table(columns).join(images, "key", join_type="left outer")
+    merged = pa.table(columns).join(images, "key", join_type="left outer").drop_columns(["key"])
     in_run, labelled = merged["image_id"].is_valid(), merged["label"].is_valid()
     fits = labelled
     if "class_id" in columns:
