@@ -62,10 +62,14 @@ FINDINGS = pa.schema(
         ("images", pa.int64()),
         ("share", pa.float64()),
         ("stands_out", pa.bool_()),
+        ("located", pa.list_(pa.float32())),
+        ("map_height", pa.int16()),
+        ("map_width", pa.int16()),
     ]
 )
 """What may be wrong with a class, as multiples of the median over classes, with 95 % intervals:
-those that stand out first, then by strength. Of so many images that share is affected."""
+those that stand out first, then by strength. Of so many images that share is affected. Of
+components, where they lie in the images that owe most to them, row by row."""
 
 FINDING_IMAGES = pa.schema(
     [

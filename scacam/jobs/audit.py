@@ -171,7 +171,7 @@ def write(
     images: list[tuple[str, int, Best]] = []
     for name, one in found.items():
         result.networks.append(name)
-        result.findings += _findings(name, names[name], one.tally)
+        result.findings += _findings(name, names[name], learnt[name], one.tally)
         result.suspects[name] = len(one.suspects.groups)
         images.append((name, len(learnt[name].mapped), one.images))
     result.findings.sort(key=lambda row: (not row["stands_out"], -float(str(row["strength"]))))
@@ -208,12 +208,17 @@ def write(
     return result
 
 
-def _findings(network: str, names: dict[int, str], tally: Tally) -> list[dict[str, object]]:
+def _findings(
+    network: str, names: dict[int, str], learnt: Learnt, tally: Tally
+) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
     for place, kind in enumerate(KINDS):
         strengths = tally.strengths(kind)
         for class_id in np.flatnonzero(np.isfinite(strengths.strength)).tolist():
             count = int(tally.images[place, class_id])
+            located = None
+            if kind == "component":
+                located = learnt.shortcuts[class_id].located.ravel().astype(np.float32)
             rows.append(
                 {
                     "network": network,
@@ -226,6 +231,9 @@ def _findings(network: str, names: dict[int, str], tally: Tally) -> list[dict[st
                     "images": count,
                     "share": float(tally.affected[place, class_id]) / count,
                     "stands_out": bool(strengths.stands_out[class_id]),
+                    "located": located,
+                    "map_height": None if located is None else learnt.usual.shape[0],
+                    "map_width": None if located is None else learnt.usual.shape[1],
                 }
             )
     return rows

@@ -253,7 +253,7 @@ def run(
     if opened.config.get("status") != "complete":
         raise RunError(f"the run in {run} is not complete; complete it first")
     wanted, remarks = metrics_of(opened, metrics)
-    names = networks or list(opened.networks)
+    names = list(dict.fromkeys(networks)) or list(opened.networks)
     claimants = [claimants_of(opened, name, methods) for name in names]
     manifest = sample(opened, images)
     loaded = [reloaded(opened, name) for name in names]
@@ -326,11 +326,12 @@ def reloaded(run: Run, name: str) -> Network:
     ]
     logger.info("loading %s, weights %s", name, weights)
     network = load_network(
-        name,
+        described.get("loaded_as") or name,
         "DEFAULT" if weights == "as made by the factory" else weights,
         target_layer=[*layers, described["target_layer"]],
         finer_layer=described.get("finer_layer"),
         output_kind=described.get("output_kind"),
+        prompts=described.get("prompts"),
     )
     if network.digest() != described["sha256"]:
         raise RunError(

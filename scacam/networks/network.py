@@ -1,7 +1,8 @@
 """A network that can be explained: a module with its target layer, head and preprocessing."""
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from functools import partial
 from itertools import chain
 
 import torch
@@ -76,7 +77,7 @@ class Network:
         self.module = module.eval()
         self.name = name or type(module).__name__
         self.weights = weights
-        self.rebuild: Callable[[], Network] | None = None
+        self.rebuild: partial[Network] | None = None
         self.preprocessing = preprocessing or _default_preprocessing(module)
         named = [target_layer] if isinstance(target_layer, str) else list(target_layer or ())
         try:

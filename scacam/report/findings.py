@@ -7,13 +7,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scacam.findings.kinds import KINDS
-from scacam.report.gallery import Gallery, share
+from scacam.report.gallery import Gallery, share, small_map
 from scacam.report.html import Picture
 from scacam.runs.results import Run
 
 __all__ = ["Shortcut", "pictured", "shortcuts"]
 
-_STRIP, _LISTED, _TOLD = 6, 10, 12
+_STRIP, _LISTED, _TOLD = 5, 10, 12
 
 _Rows = list[dict[str, Any]]
 
@@ -95,9 +95,19 @@ def pictured(found: Shortcut | None, gallery: Gallery, claimant: str) -> dict[st
     return {
         "found": found,
         "suspects": strip(found.suspects),
-        "most": strip(found.most),
+        "most": [*_located(found.first), *strip(found.most)],
         "least": strip(found.least),
     }
+
+
+def _located(first: dict[str, Any] | None) -> list[Picture]:
+    """Where the component of a class lies, as a map."""
+    if first is None:
+        return []
+    values = np.array(first["located"]).reshape(first["map_height"], first["map_width"])
+    name = first["class_name"]
+    lines = ["the component", "in these images"]
+    return [small_map(values / (values.max() or 1), f"where the component of {name} lies", lines)]
 
 
 def _told(row: dict[str, Any]) -> str:

@@ -8,14 +8,14 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
-from scacam.drawing import TRUTH, draw_box, fit, grey
+from scacam.drawing import TRUTH, colours, draw_box, fit, grey
 from scacam.evaluation.truth import TrueBoxes
 from scacam.report.html import Picture, encoded
 from scacam.runs.results import Row, Run
 
-__all__ = ["Gallery", "share"]
+__all__ = ["Gallery", "share", "small_map"]
 
-_SIZE = 260
+_SIZE, _THUMBNAIL = 260, 120
 
 
 class Gallery:
@@ -107,6 +107,15 @@ class Gallery:
                 photo = grey(row["width"], row["height"])
             self._photos[image_id] = fit(photo, _SIZE, _SIZE)
         return self._photos[image_id]
+
+
+def small_map(values: np.ndarray, alt: str, lines: Sequence[str]) -> Picture:
+    """A map `[h, w]` by itself, from 0 to 1, enlarged."""
+    height, width = values.shape
+    small = Image.fromarray(colours(values))
+    scale = _THUMBNAIL / max(height, width)
+    large = small.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
+    return encoded(large, alt, lines)
 
 
 def share(part: float) -> str:

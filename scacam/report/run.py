@@ -12,19 +12,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 
 from scacam.audit.attention import BORDER_AREA, CORNER_AREA
 from scacam.audit.audit import MIN_IMAGES, Audit, ClassAudit, NetworkAudit, PairAudit, audit
 from scacam.audit.likeness import flattened, standard_ranks
 from scacam.audit.maps import true_boxes
-from scacam.drawing import colours
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
 from scacam.report.faithfulness import faithfulness, least_faithful
 from scacam.report.findings import pictured, shortcuts
-from scacam.report.gallery import Gallery, share
-from scacam.report.html import Picture, encoded, render
+from scacam.report.gallery import Gallery, share, small_map
+from scacam.report.html import Picture, render
 from scacam.report.sections import (
     best_and_worst,
     class_activation_weights,
@@ -37,7 +35,7 @@ __all__ = ["report"]
 _SPREAD, _MATRIX, _LOPSIDED = 3, 48, 20
 _RANKED, _PAIRS, _ENDS, _OF_CLASS, _PER_CLASS = 10, 4, 5, 12, 4
 _LOCALIZER = "extent_cam"
-_CLASSES_SHOWN, _CLASSES_LISTED, _ERRORS_LISTED, _THUMBNAIL = 5, 100, 20, 120
+_CLASSES_SHOWN, _CLASSES_LISTED, _ERRORS_LISTED = 5, 100, 20
 
 
 def report(run: Run) -> str:
@@ -369,9 +367,5 @@ def _ids(entries: Sequence[dict[str, Any]]) -> list[int]:
 
 def _mean_map(entry: ClassAudit, top: float) -> Picture:
     """The mean map of a class, on the scale of those beside it."""
-    height, width = entry.mean_map.shape
-    small = Image.fromarray(colours(entry.mean_map / top))
-    scale = _THUMBNAIL / max(height, width)
-    large = small.resize((round(width * scale), round(height * scale)), Image.Resampling.BILINEAR)
     alt = f"the mean map of {entry.class_name}"
-    return encoded(large, alt, [f"mean of {entry.images:,}"])
+    return small_map(entry.mean_map / top, alt, [f"mean of {entry.images:,}"])

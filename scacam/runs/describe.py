@@ -41,8 +41,11 @@ def describe_run(manifest: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
 
 def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]:
     """What `run.json` says of a network."""
+    loading = network.rebuild
     return {
         "name": network.name,
+        "loaded_as": None if loading is None else loading.args[0],
+        "prompts": None if loading is None else loading.keywords["prompts"],
         "weights": network.weights,
         "sha256": network.digest(),
         "target_layer": network.target_layer.name,
