@@ -280,3 +280,16 @@ def test_networks_by_their_names(name: str, others: tuple[int, ...]) -> None:
     tokens, slopes, _ = _by_autograd(network, images, seen.class_ids)
     _assert_near(seen.features, _grid(tokens, network))
     _assert_near(seen.gradients, _grid(slopes, network))
+
+
+@pytest.mark.long
+def test_a_class_token_that_was_mixed_before_the_grid_was_halved() -> None:
+    """It differs from image to image when its sequence is first seen, and stands where it did."""
+    network = load_network("timm.pit_ti_224", "random")
+    assert network.target_layer.others == (0,)
+    assert network.feature_shape[1:] == (7, 7)
+    images = torch.randn(1, 3, 224, 224)
+    seen = observe(network, images, top_k=2)
+    tokens, slopes, _ = _by_autograd(network, images, seen.class_ids)
+    _assert_near(seen.features, _grid(tokens, network))
+    _assert_near(seen.gradients, _grid(slopes, network))

@@ -266,7 +266,10 @@ def _reach(module: nn.Module, images: Tensor, target: TargetLayer, classifier: s
         (read * random).sum(), captured.of(target), retain_graph=True, allow_unused=True
     )
     reached = gradients is not None and bool((gradients != 0).any())
-    return Reach(reached, reached and bool(_operations(returned)))
+    straight = bool(_operations(returned)) or (
+        target.others is None and _is_neck(module, images, target)
+    )
+    return Reach(reached, reached and straight)
 
 
 def _explained(

@@ -65,7 +65,8 @@ class Reach(NamedTuple):
 
     Attributes:
         reached: whether they do at all, on its map or on its image's tokens.
-        straight: whether by a single path of pooling, linear and pointwise operations.
+        straight: whether by a single path of pooling, linear and pointwise operations; or, of a
+            map, whether all that they know of the image passes through it.
     """
 
     reached: bool
@@ -230,8 +231,11 @@ def _watched(
         count = values.shape[1]
         if count not in others:
             others[count] = unlike_images(values)
-        of_image = count - len(others[count])
-        return others[count] if shape_of_grid(of_image, images.shape[2:]) else None
+        # A class token that was mixed already, and comes to a coarser grid, is where it was before.
+        for known in (others[count], *reversed(others.values())):
+            if shape_of_grid(count - len(known), images.shape[2:]):
+                return known
+        return None
 
     def recorder(name: str):  # type: ignore[no-untyped-def]
         def hook(layer: nn.Module, inputs: tuple[object, ...], output: object) -> None:
@@ -349,16 +353,19 @@ def _last_spatial(
     maps = [index for index in before if _is_map(calls[index], images)]
     tokens = [
         index
-        for index in before[maps[-1] + 1 if maps else 0 :]
+        for index in before
         if calls[index].others is not None and not isinstance(calls[index].layer, _NOT_FEATURES)
     ]
-    if tokens and reach(_target(calls, tokens[-1], images), classifier).straight:
+
+    def found(index: int) -> Reach:
+        return reach(_target(calls, index, images), classifier)
+
+    last_map = maps[-1] if maps else -1
+    if tokens and tokens[-1] > last_map and found(tokens[-1]).straight:
         return tokens[-1]
-    for index in reversed(tokens):
-        if (
-            _normalises(calls[index].layer)
-            and reach(_target(calls, index, images), classifier).reached
-        ):
+    norms = [index for index in tokens if _normalises(calls[index].layer)]
+    for index in sorted([*norms, *maps[-1:]] if norms else [], reverse=True):
+        if found(index).straight if index == last_map else found(index).reached:
             return index
     if not maps:
         raise NetworkError(
