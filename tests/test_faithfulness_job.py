@@ -176,7 +176,7 @@ def test_what_the_run_does_not_have_is_refused(finished, tmp_path, capfd):
     assert "is not complete; complete it first" in refused(other, capfd)
     (other / "run.json").write_text(json.dumps(record | {"top_k": 1}))
     said = refused(other, capfd, "--metrics", "random_logit_ssim")
-    assert "random_logit needs several classes" in said
+    assert "random_logit needs as many classes" in said
 
 
 def test_a_sample_is_the_same_every_time(finished):

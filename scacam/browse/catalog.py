@@ -146,9 +146,10 @@ class Catalog:
 
     @cached_property
     def findings(self) -> list[dict[str, Any]]:
-        """The rows of `metrics/findings.parquet`, the strongest first; none without an audit."""
+        """What `metrics/findings.parquet` names, the strongest first; none without an audit."""
         table = self.run.metrics("findings")
-        return [] if table is None else table.to_table().to_pylist()
+        names = ["finding", "network", "class_name", "kind"]
+        return [] if table is None else table.to_table(names).to_pylist()
 
     def find(self, question: Question) -> pa.Table:
         """The images that a question is about, in its order.

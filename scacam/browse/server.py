@@ -28,6 +28,7 @@ from scacam.runs.results import Row, Run
 __all__ = ["make_app"]
 
 _PAGE_MAX = 200
+_FINDINGS_MAX = 200
 _SIZES = {"small": 260, "large": 900}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; form-action 'none'",
@@ -119,7 +120,7 @@ class _View:
                     for claimant in self.run.claimants(network)
                 ],
                 "classes": catalog.classes,
-                "findings": [_finite(row) for row in catalog.findings],
+                "findings": catalog.findings[:_FINDINGS_MAX],
                 "errors": self.run.config.get("errors", {}),
             }
         )

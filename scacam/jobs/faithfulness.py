@@ -279,12 +279,14 @@ def run(
 def metrics_of(run: Run, names: Sequence[str]) -> tuple[list[str], list[str]]:
     """The metrics to measure, and what is to be said of them."""
     wanted = chosen(names or None)
-    if run.config["top_k"] > 1:
+    if run.config["top_k"] > 1 and run.config.get("min_probability") is None:
         return [metric.name for metric in wanted], []
     if names and any(metric.needs == "random_logit" for metric in wanted):
-        raise RunError(f"random_logit needs several classes, and {run.path} has one per image")
+        raise RunError(
+            f"random_logit needs as many classes of every image, more than one; {run.path} has not"
+        )
     left = [metric.name for metric in wanted if metric.needs != "random_logit"]
-    return left, ["left out: random_logit, since the run has one class per image"]
+    return left, ["left out: random_logit, which needs as many classes of every image"]
 
 
 def claimants_of(run: Run, network: str, methods: Sequence[str]) -> list[Claimant]:
