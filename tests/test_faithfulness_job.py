@@ -39,6 +39,9 @@ METHODS = ("feature_map", "gap_cam", "grad_cam", "sca_cam")
 BRIEF = ("--metrics", "deletion_auc", "average_drop", "random_head", "--steps", "4")
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, module_photo):
     """A run over 20 photos, of which one is unreadable, one gone by now and one another one now."""
@@ -219,7 +222,6 @@ def test_the_report_says_it(finished, tried, tmp_path):
     assert 'id="faithfulness"' not in report(scacam.open_run(str(out)))
 
 
-@pytest.mark.long
 def test_killed_three_times_and_continued(finished, tried, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(finished, out, ignore=lambda folder, names: ["metrics"])

@@ -121,6 +121,7 @@ def test_the_errors_table_is_there_without_errors(plain: Path, labelled: Path) -
     assert pd.read_parquet(plain / "errors").empty
 
 
+@pytest.mark.long
 def test_relative_paths_when_ray_has_started_elsewhere(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -203,8 +204,9 @@ def test_compare(labelled: Path, plain: Path) -> None:
     assert not table["changed"].any()
     assert table["moved"].max() < 1e-6
     nameless = table[table["network_a"] == NAMELESS]
-    assert nameless["class_name_a"].nunique() == nameless["class_id_a"].nunique() == 3
+    assert set(nameless["class_name_a"]) == {"class 0", "class 1", "class 2"}
+    named = table[table["network_a"] == NAMED]
+    assert set(named["class_name_b"]) == {"red", "green", "blue"}
     page = Path(result.page).read_text()
     assert not re.search(r"\bNone\b", page)
-    for name in ("class 0", "class 1", "class 2", "red", "green", "blue"):
-        assert name in page
+    assert len(pd.read_parquet(result.classes)) == 0  # five images a class are too few to judge

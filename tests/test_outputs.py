@@ -175,6 +175,7 @@ def single() -> Network:
     return _network(classes=1)
 
 
+@pytest.mark.long
 def test_a_job_over_networks_of_all_kinds(photo_folder, tmp_path):
     """The right probability is stored, and what cannot be pickled is built anew."""
     names = [

@@ -11,7 +11,7 @@ import ray.data
 
 from scacam.errors import RunError
 from scacam.images import ViewName
-from scacam.pipeline.checkpoint import Checkpoint, checkpoint
+from scacam.pipeline.checkpoint import Checkpoint, checkpoint, images_of
 from scacam.pipeline.cluster import TASK_CPUS, Allotment, root_cause, rows_per_shard, share
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Holder
@@ -27,7 +27,7 @@ from scacam.pipeline.rows import (
 from scacam.pipeline.sink import ShardSink
 from scacam.pipeline.stream import prepare
 from scacam.runs.results import Claimant, open_run
-from scacam.storage import join, locate
+from scacam.storage import join
 from scacam.trials.metrics import BASELINES
 from scacam.trials.tables import ERRORS, IMAGE_FAITHFULNESS, PASS, images_folder
 
@@ -253,8 +253,7 @@ def try_all(
     decode, pools = made(tally)
     rows = rows_per_shard(images, bytes_per_image(decode.samplings), costs, allotments)
     context = prepare(checkpoint(join(metrics, PASS), _Checkpoint))
-    filesystem, manifest_path = locate(join(metrics, PASS, "manifest.parquet"))
-    stream = ray.data.read_parquet(manifest_path, filesystem=filesystem, num_cpus=TASK_CPUS)
+    stream = images_of(join(metrics, PASS), TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
