@@ -25,6 +25,7 @@ from scacam.audit.maps import true_boxes
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
 from scacam.findings.classes import Gathered, Learnt
+from scacam.findings.components import MIN_IMAGES
 from scacam.findings.kinds import (
     FINDING_IMAGES,
     FINDINGS,
@@ -79,7 +80,8 @@ class Result:
             out = [row for row in found if row["stands_out"]]
             lines.append(f"{network}: {self.suspects[network]:,} suspects")
             if not out:
-                lines.append("  no class stands out")
+                enough = f": none has {MIN_IMAGES} confident answers" * (not self.suspects[network])
+                lines.append(f"  no class stands out{enough}")
             for row in out[:_TOLD]:
                 title = KINDS[str(row["kind"])].title
                 lines.append(

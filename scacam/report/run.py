@@ -19,6 +19,7 @@ from scacam.audit.likeness import flattened, standard_ranks
 from scacam.audit.maps import true_boxes
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
+from scacam.findings.components import MIN_IMAGES as ENOUGH
 from scacam.report.faithfulness import faithfulness, least_faithful
 from scacam.report.findings import pictured, shortcuts
 from scacam.report.gallery import Gallery, share, small_map
@@ -101,6 +102,7 @@ class _Content:
             "border_area": BORDER_AREA,
             "corner_area": CORNER_AREA,
             "min_images": MIN_IMAGES,
+            "enough": ENOUGH,
             "classes_listed": _CLASSES_LISTED,
             "objects": self.gallery.objects is not None,
         }
