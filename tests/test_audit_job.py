@@ -183,6 +183,22 @@ def test_nobody_is_accused_in_the_clean_twin_of_an_older_run(tmp_path):
     assert not len(table(folder, "suspects.parquet"))
 
 
+def test_nothing_is_said_of_answers_that_are_all_unsure(tmp_path):
+    folder, count = tmp_path / "out", 8
+    images = Images([f"{i}.jpg" for i in range(count)], [(64, 64)] * count, np.zeros(count, int))
+    maps = np.random.default_rng(0).random((count, 1, SIDE, SIDE))
+    unsure = Said(np.zeros((count, 1), int), np.full((count, 1), 0.2), {"sca_cam": maps}, ["a"])
+    write_run(folder, images, {"one": unsure})
+    channels = np.tile(np.arange(CHANNELS), (count, 1))
+    write_predictions(folder, "one", channels, np.ones(channels.shape), np.zeros_like(channels))
+    told = str(audit.run(run=str(folder)))
+    assert "one: 0 suspects" in told
+    assert "of a class with 5 confident ones" in told
+    assert (
+        "of a class with 5 confident ones" in Path(reporting.run(run=str(folder)).path).read_text()
+    )
+
+
 def test_what_cannot_be_audited_is_refused(tmp_path):
     with pytest.raises(RunError, match="no run"):
         audit.run(run=str(tmp_path))

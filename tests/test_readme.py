@@ -134,5 +134,8 @@ def test_every_block_is_run_or_says_why_not() -> None:
     ]
     skipped = [code for _, skip, code in every if skip]
     assert len(every) >= 20
-    assert all(re.search(r"pip install|scripts/|aws |kubectl|fiftyone", code) for code in skipped)
+    assert all(
+        re.search(r"pip install|scripts/|aws |kubectl|fiftyone|scacam faithfulness", code)
+        for code in skipped
+    )
     assert {language for language, _, _ in every} == {"sh", "sql", "python"}

@@ -74,7 +74,7 @@ class Answers(NamedTuple):
         rows = np.flatnonzero(chosen)
         order = rows[np.argsort(self.class_ids[rows], kind="stable")]
         classes, firsts = np.unique(self.class_ids[order], return_index=True)
-        for class_id, part in zip(classes, np.split(order, firsts[1:]), strict=True):
+        for class_id, part in zip(classes, np.split(order, firsts)[1:], strict=True):
             yield int(class_id), part
 
 

@@ -80,8 +80,12 @@ class Result:
             out = [row for row in found if row["stands_out"]]
             lines.append(f"{network}: {self.suspects[network]:,} suspects")
             if not out:
-                enough = f": none has {MIN_IMAGES} confident answers" * (not self.suspects[network])
-                lines.append(f"  no class stands out{enough}")
+                lines.append("  no class stands out")
+            if not self.suspects[network]:
+                lines.append(
+                    f"  an answer is suspected in a run that kept its predictions, of a class with "
+                    f"{MIN_IMAGES} confident ones"
+                )
             for row in out[:_TOLD]:
                 title = KINDS[str(row["kind"])].title
                 lines.append(
