@@ -862,6 +862,9 @@ def test_options_that_cannot_be_met(arguments: tuple[str, ...], message: str) ->
 SIZES = {"inception_v3": 160, "maxvit_t": 224, "vit": 224}
 """Of the inputs, where 96 × 96 is too small or the network takes one size alone."""
 
+HUGE = ("vit_h_14", "vit_l_16")
+"""Left out: they take minutes, and run as the other vision transformers do."""
+
 
 def _build(name: str) -> Network:
     module = torchvision.models.get_model(name).eval()
@@ -871,7 +874,10 @@ def _build(name: str) -> Network:
 
 @pytest.mark.long
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("name", torchvision.models.list_models(module=torchvision.models))
+@pytest.mark.parametrize(
+    "name",
+    [name for name in torchvision.models.list_models(torchvision.models) if name not in HUGE],
+)
 def test_every_network_with_every_method(name: str) -> None:
     """All of `torchvision.models` that classify, at random weights."""
     gc.collect()
