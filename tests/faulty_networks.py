@@ -64,7 +64,7 @@ def killed_by_white() -> Network:
 
     def fault(images: Tensor, calls: int) -> None:
         if (images > 0.99).flatten(1).all(1).any():
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)  # in this thread, as native code would
 
     return _faulty(fault)
 
