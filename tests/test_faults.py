@@ -209,7 +209,7 @@ def deadly_format(tmp_path) -> dict[str, str]:
         "class Deadly(ImageFile.ImageFile):\n"
         "    format = 'DEADLY'\n"
         "    def _open(self):\n"
-        "        os.kill(os.getpid(), signal.SIGSEGV)\n"
+        "        signal.raise_signal(signal.SIGSEGV)\n"
         "Image.register_open('DEADLY', Deadly, lambda start: start[:6] == b'DEADLY')\n"
     )
     return {"PYTHONPATH": str(folder)}
