@@ -63,6 +63,9 @@ ALIKE = 0.5
 
 _NOTHING = 1e-7
 
+_ROUNDING = 1e-6
+"""What a probability changes by when the same image is in another batch."""
+
 
 def _area(curves: np.ndarray, shares: np.ndarray) -> np.ndarray:
     """The area under curves `[..., S]` over shares of the pixels `[..., S]`, by trapezoids."""
@@ -86,8 +89,8 @@ def average_drop(scores: Scores) -> np.ndarray:
 
 
 def increase_in_confidence(scores: Scores) -> np.ndarray:
-    """Whether the probability grows when the image is multiplied by the map."""
-    return scores["masked"] > scores["probability"]
+    """Whether the probability grows when the image is multiplied by the map, not by rounding."""
+    return scores["masked"] - scores["probability"] > _ROUNDING
 
 
 def average_gain(scores: Scores) -> np.ndarray:
