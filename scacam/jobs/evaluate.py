@@ -17,7 +17,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pyarrow as pa
 import ray
-from pyarrow import fs
 
 from scacam.errors import RunError
 from scacam.evaluation.intervals import (
@@ -36,7 +35,7 @@ from scacam.evaluation.words import told
 from scacam.pipeline.cluster import start_ray
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
-from scacam.storage import join, locate
+from scacam.storage import delete, join, locate
 from scacam.storage.parquet import read_columns, write_table
 
 logger = logging.getLogger("scacam")
@@ -319,12 +318,7 @@ def write(output: str, result: Result, truth: TrueBoxes | MaskFiles) -> None:
 def forget(output: str) -> None:
     """Delete what an earlier evaluation wrote."""
     for name in (_IMAGES, _BOXES, *(f"metrics/{table}.parquet" for table in _TABLES)):
-        filesystem, path = locate(join(output, name))
-        kind = filesystem.get_file_info(path).type
-        if kind == fs.FileType.Directory:
-            filesystem.delete_dir(path)
-        elif kind == fs.FileType.File:
-            filesystem.delete_file(path)
+        delete(join(output, name))
 
 
 def listed(counts: Mapping[str, int]) -> str:

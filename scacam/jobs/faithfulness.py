@@ -19,7 +19,6 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
-from pyarrow import fs
 
 from scacam.errors import RunError
 from scacam.evaluation.intervals import Row, lead
@@ -36,7 +35,7 @@ from scacam.runs.lifecycle import begin, complete
 from scacam.runs.lock import locked
 from scacam.runs.record import differences, read_record
 from scacam.runs.results import Claimant, Run, open_run
-from scacam.storage import join, locate
+from scacam.storage import delete, join
 from scacam.storage.parquet import write_table
 from scacam.tables import MANIFEST
 from scacam.trials.metrics import BASELINES, METRICS, SANITY, chosen, passes, verdict
@@ -364,12 +363,7 @@ def begun(task: Task) -> dict[str, Any]:
 def forget(metrics: str) -> None:
     """Delete what an earlier pass wrote."""
     for name in ("faithfulness_images", PASS, *(f"{table}.parquet" for table in TABLES)):
-        filesystem, path = locate(join(metrics, name))
-        kind = filesystem.get_file_info(path).type
-        if kind == fs.FileType.Directory:
-            filesystem.delete_dir(path)
-        elif kind == fs.FileType.File:
-            filesystem.delete_file(path)
+        delete(join(metrics, name))
 
 
 def tried(task: Task, record: dict[str, Any]) -> dict[str, Any]:

@@ -9,13 +9,12 @@ import pyarrow.compute as pc
 import ray
 import ray.data
 
-from scacam.errors import RunError
 from scacam.images import ViewName
 from scacam.pipeline.checkpoint import Checkpoint, checkpoint, images_of
-from scacam.pipeline.cluster import TASK_CPUS, Allotment, root_cause, rows_per_shard, share
+from scacam.pipeline.cluster import TASK_CPUS, Allotment, rows_per_shard, share
 from scacam.pipeline.decode import Decode
 from scacam.pipeline.explain import Holder
-from scacam.pipeline.progress import Counts, Held, shown, start_tally, taken_up
+from scacam.pipeline.progress import Counts, Held, start_tally, taken_up
 from scacam.pipeline.rows import (
     Failure,
     bytes_per_image,
@@ -25,7 +24,7 @@ from scacam.pipeline.rows import (
     tensors,
 )
 from scacam.pipeline.sink import ShardSink
-from scacam.pipeline.stream import prepare
+from scacam.pipeline.stream import prepare, write
 from scacam.runs.results import Claimant, open_run
 from scacam.storage import join
 from scacam.trials.metrics import BASELINES
@@ -252,7 +251,7 @@ def try_all(
     tally = start_tally()
     decode, pools = made(tally)
     rows = rows_per_shard(images, bytes_per_image(decode.samplings), costs, allotments)
-    context = prepare(checkpoint(join(metrics, PASS), _Checkpoint))
+    prepare(checkpoint(join(metrics, PASS), _Checkpoint))
     stream = images_of(join(metrics, PASS), TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
@@ -268,13 +267,4 @@ def try_all(
         )
     folders = dict.fromkeys((images_folder(network.name) for network in networks), (0, 0))
     sink = _Sink(metrics, folders, tally, max_error_rate=1.0)
-    with shown(tally, images):
-        try:
-            stream.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
-        except Exception as error:  # whatever stopped it, what is written stays, to be continued
-            raise RunError(
-                f"stopped: {root_cause(error)}; the same command continues it"
-            ) from error
-        finally:
-            context.checkpoint_config = None
-    return ray.get(tally.get.remote())
+    return write(stream, sink, tally, images)

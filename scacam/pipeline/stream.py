@@ -32,7 +32,7 @@ from scacam.tables import embeddings_folder, explanations_folder, predictions_fo
 if TYPE_CHECKING:
     from scacam.networks import Network
 
-__all__ = ["explain", "prepare", "speed", "stages"]
+__all__ = ["explain", "prepare", "speed", "stages", "write"]
 
 _STALLED_S = 900
 
@@ -88,8 +88,8 @@ def _further(options: SimpleNamespace, networks: Sequence["Network"]) -> list[st
     return [folder(network.name) for network in networks for folder in kinds]
 
 
-def prepare(checkpoint: CheckpointConfig) -> ray.data.DataContext:
-    """Ray Data's context for a stream that can be continued: no wait without end, no bars."""
+def prepare(checkpoint: CheckpointConfig) -> None:
+    """Set Ray Data's context for a stream that can be continued: no wait without end, no bars."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.wait_for_min_actors_s = _STALLED_S
@@ -97,7 +97,6 @@ def prepare(checkpoint: CheckpointConfig) -> ray.data.DataContext:
     if OUT_OF_REACH not in context.retried_io_errors:
         context.retried_io_errors.append(OUT_OF_REACH)
     context.checkpoint_config = checkpoint
-    return context
 
 
 def explain(
@@ -119,7 +118,7 @@ def explain(
     rows = rows_per_shard(record["images"], image_bytes, costs, allotments)
     blocks = math.ceil(record["images"] / rows)
 
-    context = prepare(checkpoint(output))
+    prepare(checkpoint(output))
     stream = images_of(output, TASK_CPUS)
     stream = stream.repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
@@ -144,15 +143,24 @@ def explain(
         record.get("explained", 0),  # by a complete run, whose errors are tried again
         _further(options, networks),
     )
-    with shown(tally, record["images"]):
+    return write(stream, sink, tally, record["images"])
+
+
+def write(stream: ray.data.Dataset, sink: ShardSink, tally: Any, images: int) -> Counts:
+    """Run a stream of so many images into its sink; returns what the tally counted.
+
+    Raises:
+        RunError: it was stopped, whatever by; what is written stays, to be continued.
+    """
+    with shown(tally, images):
         try:
             stream.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
-        except Exception as error:  # whatever stopped it, what is written stays, to be continued
+        except Exception as error:
             raise RunError(
                 f"stopped: {root_cause(error)}; the same command continues it"
             ) from error
         finally:
-            context.checkpoint_config = None
+            ray.data.DataContext.get_current().checkpoint_config = None
     return ray.get(tally.get.remote())
 
 

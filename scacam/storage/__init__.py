@@ -4,6 +4,7 @@ from scacam.storage.files import (
     OUT_OF_REACH,
     PATIENCE_S,
     absolute,
+    delete,
     is_transient,
     join,
     locate,
@@ -16,6 +17,6 @@ from scacam.storage.files import (
 )
 
 __all__ = [
-    "OUT_OF_REACH", "PATIENCE_S", "absolute", "is_transient", "join", "locate", "patiently",
-    "read_ahead", "read_bytes", "uri_of", "write_bytes", "writing",
+    "OUT_OF_REACH", "PATIENCE_S", "absolute", "delete", "is_transient", "join", "locate",
+    "patiently", "read_ahead", "read_bytes", "uri_of", "write_bytes", "writing",
 ]  # fmt: skip

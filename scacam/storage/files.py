@@ -15,8 +15,8 @@ from urllib.parse import unquote
 from pyarrow import fs
 
 __all__ = [
-    "OUT_OF_REACH", "PATIENCE_S", "absolute", "is_transient", "join", "locate", "patiently",
-    "read_ahead", "read_bytes", "uri_of", "write_bytes", "writing",
+    "OUT_OF_REACH", "PATIENCE_S", "absolute", "delete", "is_transient", "join", "locate",
+    "patiently", "read_ahead", "read_bytes", "uri_of", "write_bytes", "writing",
 ]  # fmt: skip
 
 Item = TypeVar("Item")
@@ -131,6 +131,20 @@ def write_bytes(path: str, content: bytes) -> None:
         os.replace(f"{inner_path}.new", inner_path)
     else:
         filesystem.handler.write(inner_path, content)
+
+
+def delete(path: str) -> None:
+    """Delete a file, or a folder with all that is in it; nothing if it is not there.
+
+    Raises:
+        OSError: as `read_bytes`.
+    """
+    filesystem, inner_path = locate(path)
+    kind = filesystem.get_file_info(inner_path).type
+    if kind == fs.FileType.Directory:
+        filesystem.delete_dir(inner_path)
+    elif kind == fs.FileType.File:
+        filesystem.delete_file(inner_path)
 
 
 @contextmanager
