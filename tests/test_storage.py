@@ -344,6 +344,13 @@ def test_a_lease_that_is_lost_is_left_to_its_new_owner(store, monkeypatch):
     assert read_bytes(f"{output}/.lock") == b"another job"
 
 
+def test_a_lease_that_was_lost_between_renewals_is_seen_at_the_end(store):
+    output = f"s3://{BUCKET}/lost-late"
+    with pytest.raises(RunError, match="another job has taken over"), locked(output):
+        write_bytes(f"{output}/.lock", b"another job")
+    assert read_bytes(f"{output}/.lock") == b"another job"
+
+
 def test_a_renewal_that_was_not_answered_is_no_loss(store, monkeypatch):
     monkeypatch.setattr("scacam.runs.lock._RENEWAL_S", 0.1)
     output = f"s3://{BUCKET}/unanswered"

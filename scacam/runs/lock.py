@@ -71,36 +71,46 @@ def _lease(store: Any, path: str, output: str) -> Iterator[None]:
     tag = store.swap(path, stamped(), _tag_when_free(store, path, output))
     if tag is None:
         raise RunError(_BUSY.format(output))
-    released, lost = threading.Event(), threading.Event()
+    released, own = threading.Event(), True
+
+    def put(content: bytes) -> bool:
+        """Write over this job's own lease; False when it is another's by now."""
+        nonlocal tag
+        swapped = store.swap(path, content, tag)
+        if swapped is None:  # also when an earlier renewal was written but not answered
+            held, current = store.fetch(path)
+            if not held.startswith(owner.encode()):
+                return False
+            swapped = store.swap(path, content, current)
+        tag = swapped
+        return swapped is not None
 
     def renew() -> None:
-        nonlocal tag
+        nonlocal own
         while not released.wait(_RENEWAL_S):
             try:
-                renewed = store.swap(path, stamped(), tag)
-                if renewed is None:  # also when an earlier renewal was written but not answered
-                    content, renewed = store.fetch(path)
-                    if not content.startswith(owner.encode()):
-                        lost.set()
-                        _thread.interrupt_main()
-                        return
-                tag = renewed
+                own = put(stamped())
+                if not own:
+                    _thread.interrupt_main()
+                    return
             except OSError as error:
                 logger.warning("cannot renew the lease of %s: %s", output, error)
 
     thread = threading.Thread(target=renew, daemon=True)
     thread.start()
     try:
-        yield
-    except KeyboardInterrupt as stop:
-        if lost.is_set():
-            raise RunError(f"stopped: another job has taken over {output}") from stop
-        raise
-    finally:
-        released.set()
-        thread.join()
-        with suppress(OSError):  # a store that is gone: the lease runs out by itself
-            store.swap(path, _FREE, tag)
+        try:
+            yield
+        finally:
+            released.set()
+            thread.join()
+            with suppress(OSError):  # a store that is gone: the lease runs out by itself
+                own = own and put(_FREE)
+    except KeyboardInterrupt:
+        if own:
+            raise
+    if not own:
+        raise RunError(f"stopped: another job has taken over {output}")
 
 
 def _tag_when_free(store: Any, path: str, output: str) -> str | None:
