@@ -21,19 +21,19 @@ import pyarrow.compute as pc
 import ray
 from pyarrow import fs
 
-from scacam.audit.maps import true_boxes
-from scacam.errors import RunError
-from scacam.evaluation.truth import TrueBoxes
-from scacam.findings.classes import Gathered, Learnt
-from scacam.findings.components import MIN_IMAGES
-from scacam.findings.kinds import (
+from scacam.audit.classes import Gathered, Learnt
+from scacam.audit.components import MIN_IMAGES
+from scacam.audit.kinds import (
     FINDING_IMAGES,
     FINDINGS,
     KINDS,
     SUSPECTS,
     Tally,
 )
-from scacam.findings.passes import Best, Judge, Judged, Look, merged
+from scacam.audit.maps import true_boxes
+from scacam.audit.passes import Best, Judge, Judged, Look, merged
+from scacam.errors import RunError
+from scacam.evaluation.truth import TrueBoxes
 from scacam.pipeline.cluster import start_ray
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run

@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from scacam.findings.kinds import KINDS
+from scacam.audit.kinds import KINDS
 from scacam.report.gallery import Gallery, share, small_map
 from scacam.report.html import Picture
 from scacam.runs.results import Run

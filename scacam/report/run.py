@@ -15,11 +15,11 @@ import pyarrow.compute as pc
 
 from scacam.audit.attention import BORDER_AREA, CORNER_AREA
 from scacam.audit.audit import MIN_IMAGES, Audit, ClassAudit, NetworkAudit, PairAudit, audit
+from scacam.audit.components import MIN_IMAGES as ENOUGH
 from scacam.audit.likeness import flattened, standard_ranks
 from scacam.audit.maps import true_boxes
 from scacam.errors import RunError
 from scacam.evaluation.truth import TrueBoxes
-from scacam.findings.components import MIN_IMAGES as ENOUGH
 from scacam.report.faithfulness import faithfulness, least_faithful
 from scacam.report.findings import pictured, shortcuts
 from scacam.report.gallery import Gallery, share, small_map

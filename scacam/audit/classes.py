@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from scacam.findings.components import (
+from scacam.audit.components import (
     CONFIDENT,
     MIN_IMAGES,
     Contributions,

@@ -13,12 +13,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scacam.audit.attention import coverage
+from scacam.audit.classes import Answers, Gathered, Learnt
+from scacam.audit.components import CONFIDENT, Contributions
+from scacam.audit.kinds import Tally, scored
 from scacam.audit.likeness import energy
 from scacam.audit.maps import TopMaps, judge
 from scacam.evaluation.truth import TrueBoxes
-from scacam.findings.classes import Answers, Gathered, Learnt
-from scacam.findings.components import CONFIDENT, Contributions
-from scacam.findings.kinds import Tally, scored
 from scacam.runs.record import same_classes
 from scacam.runs.results import Run, open_run
 
