@@ -19,7 +19,7 @@ from scacam.audit.attention import (
     outside,
 )
 from scacam.audit.maps import top_maps
-from scacam.audit.passes import Judge, Judged, Look, Seen, merged
+from scacam.audit.passes import Judge, Judged, Look, Opening, Seen, merged
 from scacam.evaluation.truth import TrueBoxes
 
 SIZE, MAPS = 48, 6
@@ -112,9 +112,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[scacam.Run, TrueB
 
 def _judged(run: scacam.Run, objects: TrueBoxes | None) -> tuple[Seen, Judged]:
     """What the two passes come to, without Ray."""
-    seen = Look(run.path, lambda: objects)(run.image_ids)
+    seen = Look(Opening(run.path), lambda: objects)(run.image_ids)
     learnt = {name: one.gathered.learn() for name, one in seen.items()}
-    found = merged([Judge(run.path, lambda: objects, lambda: learnt)(run.image_ids)])
+    found = merged([Judge(Opening(run.path), lambda: objects, lambda: learnt)(run.image_ids)])
     return seen["tiny"], found["tiny"]
 
 
@@ -207,7 +207,7 @@ def _agreement(
     count = len(next(iter(networks.values())).class_ids)
     images = Images([f"{i}" for i in range(count)], [(64, 64)] * count, np.full(count, -1))
     run = scacam.open_run(write_run(folder, images, networks, shards=2))
-    compare = Compare(run.path)
+    compare = Compare(Opening(run.path))
     parts = [compare(ids) for ids in np.array_split(run.image_ids, 2)]
     alike, lie = Agreement.merge(parts).tables(run)
     assert len(alike) == len(pairs(run))

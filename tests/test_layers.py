@@ -28,7 +28,7 @@ from scacam import RunError
 from scacam.audit.agreement import Agreement, Compare
 from scacam.audit.compare import compare_runs, pair_claimants
 from scacam.audit.maps import judge, top_maps
-from scacam.audit.passes import top_answers
+from scacam.audit.passes import Opening, top_answers
 from scacam.images import decode, pixels, view_of
 from scacam.jobs import compare, evaluate, pictures, report
 from scacam.runs.proof import prove
@@ -254,7 +254,7 @@ def test_the_audit_is_judged_by_evidence_of_the_target_layer(run: scacam.Run) ->
     assert judge(run, "one").name == "sca_cam (features)"
     (answers, *_) = top_answers(run, run.image_ids, None)["one"]
     assert answers.shares.shape[1:] == (4, 4)
-    alike, lie = Agreement.merge([Compare(run.path)(run.image_ids)]).tables(run)
+    alike, lie = Agreement.merge([Compare(Opening(run.path))(run.image_ids)]).tables(run)
     names = {("sca_cam", "features"), ("grad_cam", "features"), ("sca_cam", "_fine.0")}
     own = [row for row in lie.to_pylist() if row["network"] == "one"]
     assert {(row["method"], row["layer"]) for row in own} == names | {("extent_cam", "_fine.0")}

@@ -19,6 +19,7 @@ from PIL import Image
 
 import scacam
 from scacam.audit.agreement import Agreement, Compare
+from scacam.audit.passes import Opening
 from scacam.jobs import audit, caw, compare, evaluate, explain, pictures, report
 from scacam.jobs.pictures import images, label_note, top_classes
 
@@ -154,7 +155,7 @@ def test_evaluate(labelled: Path, folder: Path) -> None:
 
 def _pair(run: scacam.Run) -> dict[str, Any]:
     """How the two networks of a run agree."""
-    alike, _ = Agreement.merge([Compare(run.path)(run.image_ids)]).tables(run)
+    alike, _ = Agreement.merge([Compare(Opening(run.path))(run.image_ids)]).tables(run)
     (pair,) = (row for row in alike.to_pylist() if row["network"] != row["other_network"])
     return pair
 

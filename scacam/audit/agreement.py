@@ -15,7 +15,7 @@ import pyarrow as pa
 from scacam.audit.attention import border_cells, corner_cells
 from scacam.audit.likeness import energy, flattened, likeness, standard_ranks
 from scacam.audit.maps import TopMaps, judge, top_maps
-from scacam.audit.passes import LISTED, Best, opened
+from scacam.audit.passes import LISTED, Best, Opening
 from scacam.evaluation.sweep import iou
 from scacam.runs.record import same_classes
 from scacam.runs.results import Claimant, Run
@@ -155,11 +155,11 @@ class Agreement:
 class Compare:
     """Compares the maps of some images of a run."""
 
-    path: str
+    opening: Opening
 
     def __call__(self, image_ids: np.ndarray) -> Agreement:
         """What they add."""
-        run = opened(self.path)
+        run = self.opening.run()
         maps = {name: top_maps(run, name, image_ids) for name in run.networks}
         edges = [_edges(maps[name][each.name]) for name in maps for each in run.claimants(name)]
         ranked = {name: _Ranked.of(run.claimants(name), found) for name, found in maps.items()}

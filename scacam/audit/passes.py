@@ -4,10 +4,11 @@ What a task finds in some images is small and adds to what others find.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
@@ -31,10 +32,10 @@ __all__ = [
     "Judge",
     "Judged",
     "Look",
+    "Opening",
     "Seen",
     "Top",
     "merged",
-    "opened",
     "top_answers",
     "top_k",
 ]
@@ -45,6 +46,23 @@ AT_ONCE = 16
 """So many parts are added up at a time."""
 SUSPECTED = 10_000
 """So many suspects are listed of each network, at most."""
+
+
+@dataclass(frozen=True)
+class Opening:
+    """A run that each process opens once, but anew for each audit: it may have gone on since."""
+
+    path: str
+    audit: str = field(default_factory=lambda: uuid4().hex)
+
+    def run(self) -> Run:
+        """The run."""
+        return _opened(self)
+
+
+@lru_cache(maxsize=1)
+def _opened(opening: Opening) -> Run:
+    return open_run(opening.path)
 
 
 class Seen(NamedTuple):
@@ -74,12 +92,12 @@ class Seen(NamedTuple):
 class Look:
     """The first pass over some images: what they add to what is learnt, by network."""
 
-    path: str
+    opening: Opening
     objects: Callable[[], TrueBoxes | None]
 
     def __call__(self, image_ids: np.ndarray) -> dict[str, Seen]:
         """Look at some images."""
-        run = opened(self.path)
+        run = self.opening.run()
         found = {}
         for name, (answers, called, in_top) in top_answers(run, image_ids, self.objects()).items():
             classes = run.networks[name]["num_classes"]
@@ -147,14 +165,14 @@ class Judged(NamedTuple):
 class Judge:
     """The second pass over some images, by what was learnt of the classes of their networks."""
 
-    path: str
+    opening: Opening
     objects: Callable[[], TrueBoxes | None]
     learnt: Callable[[], dict[str, Learnt]]
 
     def __call__(self, image_ids: np.ndarray) -> dict[str, Judged]:
         """Judge some images."""
         learnt = self.learnt()
-        seen = top_answers(opened(self.path), image_ids, self.objects())
+        seen = top_answers(self.opening.run(), image_ids, self.objects())
         return {name: judged(top.answers, learnt[name]) for name, top in seen.items()}
 
 
@@ -283,9 +301,3 @@ def _contributions(run: Run, network: str, image_ids: np.ndarray) -> Contributio
     rows = found.to_table().sort_by("image_id")
     columns = (rows[name].combine_chunks().flatten().to_numpy() for name in names)
     return Contributions(*(column.reshape(len(rows), -1) for column in columns))
-
-
-@lru_cache(maxsize=1)
-def opened(path: str) -> Run:
-    """A run, opened once in each process."""
-    return open_run(path)

@@ -32,7 +32,7 @@ from scacam.audit.kinds import (
     Tally,
 )
 from scacam.audit.maps import true_boxes
-from scacam.audit.passes import AT_ONCE, Best, Judge, Judged, Look, Seen, merged
+from scacam.audit.passes import AT_ONCE, Best, Judge, Judged, Look, Opening, Seen, merged
 from scacam.errors import RunError
 from scacam.pipeline.cluster import start_ray
 from scacam.runs.lock import locked
@@ -111,16 +111,17 @@ def run(*, run: str) -> Result:
         raise RunError(f"no image of {run} was explained; its errors say why")
     ids = opened.image_ids
     chunks = [ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE)]
+    opening = Opening(opened.path)
     with locked(run):
         start_ray()
         objects = shared(true_boxes(opened))
         logger.info("learning what is usual of each class")
-        seen = look(Look(opened.path, objects), chunks)
+        seen = look(Look(opening, objects), chunks)
         learnt = {name: one.gathered.learn(in_tasks) for name, one in seen.items()}
         logger.info("looking for who is out of it")
-        found = merged(in_tasks(Judge(opened.path, objects, shared(learnt)), chunks))
+        found = merged(in_tasks(Judge(opening, objects, shared(learnt)), chunks))
         logger.info("comparing methods and networks")
-        agreement = Agreement.merge(in_tasks(Compare(opened.path), sample(ids)))
+        agreement = Agreement.merge(in_tasks(Compare(opening), sample(ids)))
         return write(opened, seen, learnt, found, agreement)
 
 
