@@ -27,7 +27,7 @@ async function get(path, parameters = {}) {
   return answer;
 }
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}\u202f%`;
 const counted = (number, what) =>
   `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
 const basename = (uri) => uri.split("/").pop();
@@ -218,9 +218,20 @@ function renew() {
   );
 }
 
+// Of a finding, its network's maps, the image that shows it most first.
+function follow(chosen) {
+  const found = about.findings.find(({ finding }) => String(finding) === chosen);
+  if (found && field("network").value !== found.network) {
+    field("network").value = found.network;
+    renew();
+  }
+  field("order").value = found ? "score" : "";
+}
+
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("change", ({ target }) => {
   if (target.name === "network") renew();
+  if (target.name === "finding") follow(target.value);
   ask();
 });
 
@@ -228,8 +239,8 @@ async function start() {
   about = await get("api/run");
   const networks = [...new Set(about.maps.map((one) => one.network))];
   fill(field("network"), networks.map((value) => ({ value, title: value })));
-  const finding = ({ finding, kind, class_name, network }) =>
-    ({ value: String(finding), title: [kind, class_name, network].filter(Boolean).join(" · ") });
+  const finding = ({ finding, title, class_name, network }) =>
+    ({ value: String(finding), title: `${class_name} ${title} · ${network}` });
   fill(field("finding"), [{ value: "", title: "any" }, ...about.findings.map(finding)], "");
   const errors = Object.entries(about.errors);
   const failed = errors.map(([value, many]) => ({ value, title: `errors: ${value} (${many})` }));
