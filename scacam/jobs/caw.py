@@ -130,7 +130,7 @@ def weigh(
 ) -> tuple[list[Weights], Counter[str]]:
     """Stream the images through the networks; returns their weights and the errors by kind."""
     costs = [seconds_per_image(network) for network in networks]
-    allotments = allot(costs, await_nodes(None))
+    allotments = allot(costs, await_nodes(None), len(manifest))
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()

@@ -242,7 +242,7 @@ def explain_all(
         write_table(*class_weights(options.output, network))
     gpus = await_nodes(options.gpus)
     costs = [seconds_per_image(network) for network in networks]
-    allotments = allot(costs, gpus)
+    allotments = allot(costs, gpus, record["images"])
     counts = explain(options, record, networks, costs, allotments)
     proof = prove(options.output, record["networks"], images, record["embeddings"])
     seconds = time.monotonic() - started

@@ -375,7 +375,7 @@ def tried(task: Task, record: dict[str, Any]) -> dict[str, Any]:
         for network, claimants in zip(task.networks, task.claimants, strict=True)
     ]
     images = len(task.manifest)
-    try_all(task.folder, images, task.networks, task.stages, costs, allot(costs, gpus))
+    try_all(task.folder, images, task.networks, task.stages, costs, allot(costs, gpus, images))
     shown = {
         network.name: len(claimants) + len(BASELINES)
         for network, claimants in zip(task.networks, task.claimants, strict=True)
