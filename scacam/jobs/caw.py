@@ -17,7 +17,6 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from scacam.audit.caw import Weights, verdict
 from scacam.inputs.manifest import read_manifest
 from scacam.jobs.options import (
     add_input_options,
@@ -26,6 +25,7 @@ from scacam.jobs.options import (
     refuse_below_one,
     seconds_per_image,
 )
+from scacam.methods.caw import Weights, verdict
 from scacam.pipeline.cluster import (
     TASK_CPUS,
     allot,
