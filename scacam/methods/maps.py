@@ -10,7 +10,7 @@ All functions share one signature, `(features, gradients, class_weights) -> maps
 * maps: `[B, K, h, w]`, raw and signed. ReLU, upsampling and normalisation come later, by name.
 
 But for `extent_cam`, which takes the maps of another method and the features of a finer layer, and
-for the methods of `linear_head`, which ask more of the head.
+for the methods of `linear_head`, which ask more of the head, and of `attention`.
 
 To add a method: write its function here, give it a row in `METHODS`, and test it.
 
@@ -30,12 +30,13 @@ References (equations are those of the SCA-CAM paper unless said otherwise):
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scacam.methods.attention import attention_rollout, legrad
 from scacam.methods.eigen import first_component
 from scacam.methods.gradients import (
     Gradients,
@@ -51,9 +52,11 @@ from scacam.methods.gradients import (
 from scacam.methods.linear_head import ablation_cam, finer_cam, recipro_cam
 
 __all__ = [
+    "DEFAULT_METHODS",
     "METHODS",
     "Method",
     "ablation_cam",
+    "attention_rollout",
     "eigen_cam",
     "eigen_grad_cam",
     "extent_cam",
@@ -65,6 +68,7 @@ __all__ = [
     "grad_cam_pp",
     "hires_cam",
     "layer_cam",
+    "legrad",
     "nwc_cam",
     "recipro_cam",
     "sca_cam",
@@ -262,13 +266,15 @@ class Method(NamedTuple):
     Attributes:
         function: from features, gradients and class weights to raw maps; if it needs the finer
             layer, from class maps and the finer layer's features; if it needs the head, from
-            features and a `LinearHead`.
+            features and a `LinearHead`; if it needs attention, from an `Attention`.
         relu: whether a ReLU on the map belongs to the method. Raw maps are before it.
         needs_class_weights: whether a network without class weights has no such map.
         paper: where the method comes from.
         needs_finer_layer: whether it has maps of a network that has a finer layer, and of its
             resolution.
         needs_head: whether it asks a head with class weights for more than those of its classes.
+        needs_attention: of which blocks of a transformer it takes the attention.
+        by_name: whether it costs so much that it has to be asked for.
     """
 
     function: Callable[..., Tensor]
@@ -277,6 +283,8 @@ class Method(NamedTuple):
     paper: str
     needs_finer_layer: bool = False
     needs_head: bool = False
+    needs_attention: Literal["none", "last", "all"] = "none"
+    by_name: bool = False
 
 
 _of_head = partial(Method, needs_class_weights=True, needs_head=True)
@@ -301,6 +309,21 @@ METHODS: dict[str, Method] = {
         _of_head(ablation_cam, relu=True, paper="Desai and Ramaswamy 2020"),
         _of_head(finer_cam, relu=True, paper="Zhang et al. 2025"),
         Method(
+            legrad,
+            relu=False,
+            needs_class_weights=False,
+            paper="Bousselham et al. 2025",
+            needs_attention="last",
+        ),
+        Method(
+            attention_rollout,
+            relu=False,
+            needs_class_weights=False,
+            paper="Abnar and Zuidema 2020",
+            needs_attention="all",
+            by_name=True,
+        ),
+        Method(
             extent_cam,
             relu=False,
             needs_class_weights=False,
@@ -310,3 +333,6 @@ METHODS: dict[str, Method] = {
     )
 }
 """All methods by name, in the order in which results list them."""
+
+DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if not method.by_name)
+"""Those that are taken where nobody names any."""
