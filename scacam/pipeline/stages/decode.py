@@ -16,7 +16,7 @@ from scacam.errors import ImageError, RunError
 from scacam.images import Preprocessing, ViewName, see
 from scacam.inputs.containers import read_image
 from scacam.pipeline.progress import taken_up
-from scacam.pipeline.rows import Failure, set_failures
+from scacam.pipeline.stages.rows import Failure, set_failures
 from scacam.storage import PATIENCE_S, is_transient, read_ahead, read_bytes
 
 __all__ = ["Decode"]
