@@ -1,7 +1,6 @@
 """The section of the report about what a faithfulness pass found."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from scacam.evaluation.intervals import Row, lead
 from scacam.evaluation.metrics import headline, titles
 from scacam.evaluation.tables import named
 from scacam.report.charts import lines
+from scacam.report.sections import measured
 from scacam.runs.results import Claimant, Run
 from scacam.trials.metrics import BASELINES, CURVES, METRICS, SANITY, verdict
 from scacam.trials.tables import images_folder
@@ -26,21 +26,18 @@ _ALIKE = 1e-3
 
 def faithfulness(run: Run) -> list[dict[str, Any]]:
     """For each network that was tried: its metrics, what leads, its curves, and the verdict."""
-    dataset = run.metrics("faithfulness")
-    if dataset is None:
-        return []
     sections = []
-    for network, rows in groupby(dataset.to_table().to_pylist(), key=lambda row: row["network"]):
-        found = list(rows)
-        of_network = named(found, found)
-        measured = {row["metric"] for row in of_network}
+    for section, found in measured(run, "faithfulness"):
+        network, of_network = section["network"], list(section["cells"].values())
+        names = {row["metric"] for row in found}
         sections.append(
-            {
-                "network": network,
-                "images": max(row["images"] for row in of_network),
-                "metrics": [one for name, one in METRICS.items() if one.brief and name in measured],
-                "methods": list(dict.fromkeys(row["method"] for row in of_network)),
-                "cells": {(row["method"], row["metric"]): row for row in of_network},
+            section
+            | {
+                "metrics": {
+                    name: f"{metric.title} {'↑' if metric.higher_is_better else '↓'}"
+                    for name, metric in METRICS.items()
+                    if metric.brief and name in names
+                },
                 "leads": _leads(run, network, found),
                 "charts": _charts(run, network, found),
                 "against": _against_localization(run, network, of_network),
