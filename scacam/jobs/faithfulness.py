@@ -15,7 +15,7 @@ from typing import ClassVar
 import pyarrow as pa
 
 from scacam.errors import RunError
-from scacam.evaluation.intervals import Row, lead
+from scacam.evaluation.intervals import Row
 from scacam.evaluation.tables import named
 from scacam.evaluation.words import percent
 from scacam.jobs.estimate import Estimate
@@ -25,7 +25,7 @@ from scacam.runs.lock import locked
 from scacam.runs.results import Claimant, Run, open_run
 from scacam.storage import join
 from scacam.storage.parquet import write_table
-from scacam.trials.metrics import BASELINES, METRICS, SANITY, chosen, verdict
+from scacam.trials.metrics import METRICS, chosen, leads, verdict
 from scacam.trials.summary import TABLES, summary
 
 
@@ -108,17 +108,10 @@ class Result:
             )
             yield f"{method:<{width}}  " + "  ".join(told)
         yield ""
-        for metric in shown:
-            if metric.name in SANITY:  # where nothing is more or less than passed
-                continue
-            best = lead(rows, pairs, metric.name, metric.higher_is_better, BASELINES)
-            others = [] if best is None else [o for o in best.others if o.method not in BASELINES]
-            if best is None or not others:
-                continue
-            second = min(others, key=lambda other: abs(other.value))
+        for metric, best, second in leads(rows, pairs):
             by = percent(second.value, second.low, second.high, "+.1f")
             noise = "within noise" if second.noise else "more than noise"
-            yield f"{metric.title}: {best.best}, from {second.method} by {by}, {noise}"
+            yield f"{metric.title}: {best}, from {second.method} by {by}, {noise}"
         yield ""
         yield from verdict(rows)
 

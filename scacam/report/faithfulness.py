@@ -9,13 +9,13 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from scacam.audit.maps import Ranking
-from scacam.evaluation.intervals import Row, lead
+from scacam.evaluation.intervals import Row
 from scacam.evaluation.metrics import headline, titles
 from scacam.evaluation.tables import named
 from scacam.report.charts import lines
 from scacam.report.sections import measured
 from scacam.runs.results import Claimant, Run
-from scacam.trials.metrics import BASELINES, CURVES, METRICS, SANITY, verdict
+from scacam.trials.metrics import BASELINES, CURVES, METRICS, leads, verdict
 from scacam.trials.tables import images_folder
 
 __all__ = ["faithfulness", "least_faithful"]
@@ -52,18 +52,11 @@ def _leads(run: Run, network: str, found: Sequence[Row]) -> list[dict[str, Any]]
     dataset = run.metrics("faithfulness_differences")
     if dataset is None:
         return []
-    rows = named(found, found)
-    pairs = named(found, dataset.to_table(filter=pc.field("network") == network).to_pylist())
-    leads = []
-    for name, metric in METRICS.items():
-        if name in SANITY or not metric.brief:
-            continue
-        best = lead(rows, pairs, name, metric.higher_is_better, BASELINES)
-        others = [] if best is None else [one for one in best.others if one.method not in BASELINES]
-        if best is not None and others:
-            second = min(others, key=lambda other: abs(other.value))
-            leads.append({"metric": metric.title, "best": best.best, "second": second})
-    return leads
+    pairs = dataset.to_table(filter=pc.field("network") == network).to_pylist()
+    return [
+        {"metric": metric.title, "best": best, "second": second}
+        for metric, best, second in leads(named(found, found), named(found, pairs))
+    ]
 
 
 def _charts(run: Run, network: str, found: Sequence[Row]) -> list[tuple[str, Markup]]:
