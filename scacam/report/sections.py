@@ -82,7 +82,7 @@ def _curves(run: Run, network: str, metric: str | None, measured: list[Row]) -> 
     return lines(
         {", ".join(names): (thresholds, np.array(curve)) for curve, names in series.items()},
         "threshold, as a share of the map's maximum",
-        f"images with a box of IoU ≥ {RIGHT_IOU}",
+        f"images, IoU ≥ {RIGHT_IOU}",
         alt,
         percent=True,
     )
