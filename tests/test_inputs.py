@@ -20,7 +20,7 @@ from timm.data import ImageNetInfo
 
 from scacam.errors import RunError
 from scacam.evaluation.truth import read_boxes
-from scacam.inputs.containers import read_image
+from scacam.inputs.containers import Place, read_image, read_together, together
 from scacam.inputs.labels import imagenet_names, imagenet_wnids
 from scacam.inputs.manifest import (
     Manifest,
@@ -94,6 +94,30 @@ def test_tar_shards(tmp_path, photo_bytes):
         assert read_image(row["uri"], row["offset"], row["size"]) == contents[row["uri"]]
         assert read_image(row["uri"]) == contents[row["uri"]]
     assert len(listed(tmp_path / "001.tar")[0]) == 3
+
+
+def test_images_behind_one_another_in_a_tar_are_read_at_once():
+    """Up to a megabyte, and with no more than 64 kB between one and the next."""
+    kilo = 1024
+    behind = [Place("a.tar::0", 512, 500 * kilo), Place("a.tar::1", 501 * kilo, 400 * kilo)]
+    beyond = [Place("a.tar::2", 902 * kilo, 200 * kilo), Place("a.tar::3", 1103 * kilo, 1)]
+    far = [Place("a.tar::4", 2000 * kilo, 9), Place("a.tar::5", 2001 * kilo, 2 << 20)]
+    before = [Place("a.tar::6", 512, 9)]
+    elsewhere = [Place("b.tar::0", 600, 9), Place("b.tar::1", 700, 9)]
+    alone = [Place("b.tgz::0", None, 9), Place("b.tgz::1", None, 9), Place("c.parquet::0", 0, None)]
+    alone += [Place("c.parquet::1", 1, None), Place("d.jpg", None, None), Place("e.jpg", None, 7)]
+    groups = [behind, beyond, far[:1], far[1:], before, elsewhere, *([one] for one in alone)]
+    assert list(together(place for group in groups for place in group)) == groups
+    assert list(together([])) == []
+
+
+def test_images_that_are_read_at_once_are_those_that_are_read_one_by_one(tmp_path, photo_bytes):
+    write_tar(tmp_path / "a.tar", {f"{i}.jpg": photo_bytes("JPEG", 30, 20, i) for i in range(9)})
+    places = [
+        Place(*(row[name] for name in Place._fields)) for row in listed(tmp_path / "a.tar")[0]
+    ]
+    (group,) = together(places)
+    assert read_together(group) == [read_image(*place) for place in places]
 
 
 @pytest.mark.parametrize("as_struct", [True, False])

@@ -25,6 +25,7 @@ from scacam.storage import absolute, locate, read_ahead
 from scacam.tables import MANIFEST
 
 __all__ = [
+    "Ahead",
     "Manifest",
     "absolute_uris",
     "new_files",
@@ -37,6 +38,10 @@ logger = logging.getLogger("scacam")
 
 _FEW_IMAGES = 10_000
 _TOLD_SUFFIXES = 5
+
+_Listed = Callable[[str], Contents | None]
+Ahead = Callable[[_Listed, Iterable[str]], Iterator[Contents | None]]
+"""From how one container is listed, and many, to what they hold in their order: `read_ahead`."""
 
 _CONTAINER = "|".join(re.escape(suffix) for suffix in CONTAINERS)
 
@@ -65,6 +70,7 @@ def read_manifest(
     limit: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    ahead: Ahead = read_ahead,
 ) -> Manifest:
     """Find the images of an input.
 
@@ -77,6 +83,8 @@ def read_manifest(
         image_column: the column of tables that holds the images; left out, the one that does.
         label_column: the column, or in `.json` of tar shards the key, that holds the labels; left
             out, `label`.
+        ahead: how containers are listed beside one another, each read to its end or, of a table,
+            as far as its labels need; `pipeline.cluster` has a way by tasks.
 
     Raises:
         RunError: there is no such input, it holds no images, or the manifest is wrong in itself.
@@ -86,7 +94,7 @@ def read_manifest(
     try:
         listing = _listing(source)
         if listing is not None:
-            images, ignored = _from_folder(listing, listed, limit)
+            images, ignored = _from_folder(listing, listed, limit, ahead)
         else:
             images = _from_file(source, listed, label_column)
         images = images.slice(0, limit)
@@ -204,15 +212,16 @@ def _kind(file: File) -> str:
 
 
 def _from_folder(
-    listing: Listing, listed: Callable[[str], Contents | None], limit: int | None
+    listing: Listing, listed: _Listed, limit: int | None, ahead: Ahead
 ) -> tuple[pa.Table, Counter[str]]:
     """Images and the members of containers, in the order of the files."""
     ignored = Counter(suffix_of(file.uri) for file in listing.files if _kind(file) == "other")
     ignored += Counter({UNDECODABLE: listing.undecodable})
     others: dict[str, str] = {}
     parts, count = [IMAGES.empty_table()], 0
-    few = limit is not None and limit <= _FEW_IMAGES
-    for contents in _contents(listing, listed, few):
+    if limit is not None and limit <= _FEW_IMAGES:
+        ahead = map  # of few images no container ahead of use
+    for contents in _contents(listing, listed, ahead):
         parts.append(contents.images)
         ignored += contents.left_out
         others |= dict.fromkeys(contents.other_columns, "")
@@ -225,13 +234,11 @@ def _from_folder(
     return images, ignored
 
 
-def _contents(
-    listing: Listing, listed: Callable[[str], Contents | None], few: bool
-) -> Iterator[Contents]:
-    """Of each run of images and of each container; of few images no container ahead of use."""
+def _contents(listing: Listing, listed: _Listed, ahead: Ahead) -> Iterator[Contents]:
+    """Of each run of images and of each container."""
     files = [file for file in listing.files if _kind(file) != "other"]
     containers = [file.uri for file in files if _kind(file) == "container"]
-    opened = map(listed, containers) if few else read_ahead(listed, containers)
+    opened = ahead(listed, containers) if containers else iter(())
     for kind, run in groupby(files, key=_kind):
         if kind == "image":
             yield Contents(_plain_images(list(run)), Counter())
@@ -246,9 +253,7 @@ def _plain_images(files: Sequence[File]) -> pa.Table:
     return pa.table([pa.array(uris), pa.array(sizes, pa.int64()), *nulls], schema=IMAGES)
 
 
-def _from_file(
-    source: str, listed: Callable[[str], Contents | None], label_column: str | None
-) -> pa.Table:
+def _from_file(source: str, listed: _Listed, label_column: str | None) -> pa.Table:
     name = source.lower()
     if not name.endswith(SHEETS + CONTAINERS):
         raise RunError(

@@ -30,6 +30,7 @@ from scacam.pipeline.cluster import (
     TASK_CPUS,
     allot,
     await_nodes,
+    in_tasks,
     rows_per_shard,
     share,
     start_ray,
@@ -114,7 +115,7 @@ def run(
         OSError: the results cannot be written.
     """
     refuse_below_one(batch_size=batch_size, limit=limit)
-    manifest = read_manifest(input, limit, image_column, label_column).table
+    manifest = read_manifest(input, limit, image_column, label_column, in_tasks).table
     loaded = load_networks(networks, target_layer, categories, output_kind, prompts=prompts)
     path = join(output, "metrics/caw.parquet")
     with locked(output):
