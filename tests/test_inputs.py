@@ -536,6 +536,47 @@ def test_wordnet_ids_are_classes_of_imagenet_only():
             resolve_labels(named(*wnids), {"net": others})
 
 
+def class_label_table(path: Path, names: list[str], labels: list[int]) -> None:
+    """As `datasets` writes a table of images and a ClassLabel."""
+    features = {"image": {"_type": "Image"}, "kind": {"names": names, "_type": "ClassLabel"}}
+    said = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"image": [{"bytes": b"x", "path": None}] * len(labels), "kind": labels})
+    pq.write_table(table.replace_schema_metadata(said), path)
+
+
+@pytest.mark.parametrize(
+    ("categories", "expected"),
+    [
+        (["dog", "Sea_horse", "cat"], [2, 0, None, 1]),  # by their names, as the network numbers
+        (["cat", "dog", "seahorse"], None),  # two of three are their own numbers: not enough
+        (["cat", "sea horse", "dog", "cow", "sea horse"], None),
+        (None, [0, 1, None, 2]),
+        (["tench", "goldfish", "shark"], None),
+    ],
+)
+def test_names_of_class_labels(tmp_path, categories, expected):
+    class_label_table(tmp_path / "a.parquet", ["cat", "dog", "sea horse"], [0, 1, -1, 2])
+    manifest = read_manifest(str(tmp_path), label_column="kind")
+    if expected is None:
+        with pytest.raises(RunError, match="mean no one class of net"):
+            resolve_labels(manifest, {"net": categories})
+    else:
+        resolved = resolve_labels(manifest, {"net": categories})
+        assert resolved.table["label"].to_pylist() == expected
+
+
+def test_class_labels_keep_their_numbers_where_a_few_names_are_ambiguous(tmp_path):
+    """As `crane` is among ImageNet's, where the network's names are those of the data set."""
+    names = [f"class {i}" for i in range(9)]
+    class_label_table(tmp_path / "a.parquet", [*names, "crane"], list(range(10)))
+    manifest = read_manifest(str(tmp_path), label_column="kind")
+    resolved = resolve_labels(manifest, {"net": [*names, "Crane, bird", "Crane, machine"]})
+    assert resolved.table["label"].to_pylist() == list(range(10))
+    for others in ([*names[::-1], "crane", "crane"], [*names, "stork", "crane", "crane"]):
+        with pytest.raises(RunError, match="mean no one class"):
+            resolve_labels(manifest, {"net": others})
+
+
 def test_wordnet_ids_are_those_of_timm():
     assert list(imagenet_wnids()) == ImageNetInfo().label_names()
 

@@ -53,7 +53,8 @@ class Manifest(NamedTuple):
         table: as `scacam.tables.MANIFEST`; an image's id is its row.
         ignored: how many files of the input are no images by their names, or tables without any,
             by suffix.
-        names: of labels that are names, these, row by row: `resolve_labels` makes them numbers.
+        names: of labels that are names, or that a data set gives names, these, row by row:
+            `resolve_labels` makes them a network's numbers.
     """
 
     table: pa.Table
@@ -124,8 +125,11 @@ def resolve_labels(manifest: Manifest, categories: Mapping[str, Sequence[str] | 
     """
     if manifest.names is None:
         return manifest
-    names = manifest.names.unique().drop_null().to_pylist()
-    found = {network: class_ids(names, known, network) for network, known in categories.items()}
+    table = manifest.table
+    pairs = pa.table({"name": manifest.names, "number": table["label"]})
+    pairs = pairs.filter(pc.field("name").is_valid()).group_by(["name", "number"]).aggregate([])
+    told = dict(zip(pairs["name"].to_pylist(), pairs["number"].to_pylist(), strict=True))
+    found = {network: class_ids(told, known, network) for network, known in categories.items()}
     (first, numbers), *others = found.items()
     for network, theirs in others:
         if theirs != numbers:
@@ -133,11 +137,10 @@ def resolve_labels(manifest: Manifest, categories: Mapping[str, Sequence[str] | 
                 f"labels are names, and {first} and {network} number their classes differently: "
                 "explain them in runs of their own"
             )
-    classes = pa.array([numbers[name] for name in names], pa.int32())
-    resolved = classes.take(pc.index_in(manifest.names, pa.array(names)).combine_chunks())
-    table = manifest.table
+    classes = pa.array([numbers[name] for name in told], pa.int32())
+    resolved = classes.take(pc.index_in(manifest.names, pa.array(told)).combine_chunks())
     place = table.schema.get_field_index("label")
-    labels = pc.coalesce(table["label"], resolved)
+    labels = pc.coalesce(pa.chunked_array([resolved]), table["label"])
     return manifest._replace(table=table.set_column(place, "label", labels), names=None)
 
 
