@@ -694,3 +694,45 @@ def test_an_object_that_is_named_as_the_prefix_hides_nothing(monkeypatch):
     finally:
         open_bucket.cache_clear()
         server.stop()
+
+
+def test_boxes_are_those_of_their_images_one_by_one(tmp_path):
+    """Images there several times, and several boxes each, in any order: against plain loops."""
+    rng = np.random.default_rng(0)
+    uris = [f"/x/{index}.jpg" for index in rng.integers(0, 40, 60)]
+    labels = [None if label == 3 else label for label in rng.integers(0, 4, 60).tolist()]
+    rows = [
+        {"image_id": i, "uri": uri, "label": label}
+        for i, (uri, label) in enumerate(zip(uris, labels, strict=True))
+    ]
+    boxes = [
+        (f"/x/{name}.jpg", index, index + 1, label - 1)
+        for index, (name, label) in enumerate(rng.integers(0, [60, 4], (200, 2)).tolist())
+    ]
+    lines = [f"{uri},{x},{x},{end},{end},{label}" for uri, x, end, label in boxes]
+    (tmp_path / "b.csv").write_text("\n".join(["uri,x0,y0,x1,y1,class_id", *lines]))
+    manifest = pa.Table.from_pylist(rows, MANIFEST)
+    found, left_out = read_boxes(str(tmp_path / "b.csv"), manifest)
+
+    def fits(row, label):
+        return row["label"] is not None and label in (-1, row["label"])
+
+    expected = [
+        (row["image_id"], x)
+        for row in rows
+        for uri, x, _, label in boxes
+        if uri == row["uri"] and fits(row, label)
+    ]
+    assert list(zip(found.image_ids, found.boxes[:, 0], strict=True)) == expected
+    kept = {x for _, x in expected}
+    lost = [(uri, x, label) for uri, x, _, label in boxes if x not in kept]
+    inside = [uri for uri, *_ in lost if uri in uris]
+    unlabelled = sum(
+        any(row["label"] is None for row in rows if row["uri"] == uri) for uri in inside
+    )
+    otherwise = sum(
+        any(row["label"] is not None for row in rows if row["uri"] == uri) for uri in inside
+    )
+    assert left_out["boxes of images that are not in the run"] == len(lost) - len(inside) > 0
+    assert left_out["boxes of images without a label"] == unlabelled > 0
+    assert left_out["boxes of other classes than the label"] == otherwise > 0

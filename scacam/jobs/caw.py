@@ -164,6 +164,8 @@ def weigh(
     with shown(tally, len(manifest)):
         block: pa.Table
         for block in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if not len(block):
+                continue
             errors.update(block["error"].drop_null().to_pylist())
             for of_network in weights:
                 ids = block[f"class {of_network.network}"].to_numpy()
@@ -216,6 +218,8 @@ class Observe:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Observe one block, some images at a time."""
+        if not len(batch):
+            return batch
         with taken_up(self.tally, f"observe {self.network.name}", batch):
             rows = np.flatnonzero(batch["error"].is_null().to_numpy())
             samples = tensors(batch[f"pixels {self.sampling}"])

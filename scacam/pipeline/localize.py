@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from scacam.localization import localize
 from scacam.pipeline.progress import taken_up
@@ -68,7 +69,7 @@ def _located(rows: pa.Table, input_size: tuple[int, int], rectified: Collection[
     shape = (rows["map_height"][0].as_py(), rows["map_width"][0].as_py())
     packed = rows["heatmap"].combine_chunks().flatten().to_numpy().reshape(-1, *shape)
     heatmaps = unpack_heatmaps(packed, rows["scale"].to_numpy())
-    relu = np.array([name in rectified for name in rows["method"].to_pylist()])
+    relu = pc.is_in(rows["method"], pa.array(list(rectified), pa.string())).to_numpy()
     views = stacked(rows, EXPLANATION.names[:4])
     peaks, boxes = localize(heatmaps, relu, views, input_size)
     for name, values in zip(_LOCATION, np.concatenate([peaks, boxes], axis=1).T, strict=True):
