@@ -236,7 +236,7 @@ def test_exif_that_is_none_does_not_cost_the_pixels_of_an_avif(photo, orientatio
     whole = buffer.getvalue()
     before, header, behind = whole.partition(b"II*\0" if b"II*\0" in whole else b"MM\0*")
     broken = before + b"\xff" * len(header) + behind
-    with pytest.raises(ValueError, match="EXIF|Exif"):
+    with pytest.raises(ValueError, match=r"(?i)exif"):
         Image.open(io.BytesIO(broken))
     np.testing.assert_array_equal(np.asarray(decode(broken)), np.asarray(decode(whole)))
     assert decode(broken).size == ((40, 60) if orientation == 6 else (60, 40))
