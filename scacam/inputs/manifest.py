@@ -85,7 +85,7 @@ def read_manifest(
         label_column: the column, or in `.json` of tar shards the key, that holds the labels; left
             out, `label`.
         ahead: how containers are listed beside one another, each read to its end or, of a table,
-            as far as its labels need; `pipeline.cluster` has a way by tasks.
+            as far as its labels need; `pipeline.tasks` has a way by Ray.
 
     Raises:
         RunError: there is no such input, it holds no images, or the manifest is wrong in itself.

@@ -8,12 +8,11 @@ was evaluated against boxes, it knows where the objects are. Writes OUT/metrics.
 
 import argparse
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +34,7 @@ from scacam.findings.kinds import (
 )
 from scacam.findings.passes import Best, Judge, Judged, Look, merged
 from scacam.pipeline.cluster import start_ray
+from scacam.pipeline.tasks import in_tasks
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
 from scacam.storage import join, locate
@@ -47,8 +47,6 @@ _AHEAD = 2
 _TOLD = 5
 _SUSPECTS, _FINDINGS = "metrics/suspects.parquet", "metrics/findings.parquet"
 _IMAGES = "metrics/findings_images"
-
-_Found = TypeVar("_Found")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -145,25 +143,6 @@ def learn(
             for part in seen:
                 names[name] |= part.names
     return {name: parts[0].learn() for name, parts in totals.items() if parts}, names
-
-
-def in_tasks(
-    work: Callable[[np.ndarray], _Found], chunks: Iterable[np.ndarray]
-) -> Iterator[_Found]:
-    """What each chunk comes to, in their order; no more are on the way than keep all CPUs busy."""
-    shared = ray.put(work)
-    under_way: deque[ray.ObjectRef] = deque()
-    for chunk in chunks:
-        if len(under_way) >= _AHEAD * ray.cluster_resources().get("CPU", 1):
-            yield ray.get(under_way.popleft())
-        under_way.append(_done.remote(shared, chunk))
-    while under_way:
-        yield ray.get(under_way.popleft())
-
-
-@ray.remote
-def _done(work: Callable[[np.ndarray], Any], chunk: np.ndarray) -> Any:
-    return work(chunk)
 
 
 def write(

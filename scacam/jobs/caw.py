@@ -30,15 +30,15 @@ from scacam.pipeline.cluster import (
     TASK_CPUS,
     allot,
     await_nodes,
-    in_tasks,
     rows_per_shard,
     share,
     start_ray,
 )
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
-from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.holder import settle
+from scacam.pipeline.stages.rows import bytes_per_image, sampling_of, tensors
+from scacam.pipeline.tasks import in_tasks
 from scacam.runs.lock import locked
 from scacam.storage import join
 from scacam.storage.parquet import write_table

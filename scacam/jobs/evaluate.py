@@ -32,7 +32,8 @@ from scacam.evaluation.shards import CountHits, MeasureMasks, ScoreImages
 from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION, placed
 from scacam.evaluation.truth import MaskFiles, TrueBoxes, read_boxes, read_masks
 from scacam.evaluation.words import told
-from scacam.pipeline.cluster import in_tasks, start_ray
+from scacam.pipeline.cluster import start_ray
+from scacam.pipeline.tasks import in_tasks
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
 from scacam.storage import delete, join, locate

@@ -34,8 +34,9 @@ from scacam.jobs.options import (
 )
 from scacam.methods import METHODS
 from scacam.networks import Network
-from scacam.pipeline.cluster import allot, await_nodes, in_tasks, ray_starting, start_ray
+from scacam.pipeline.cluster import allot, await_nodes, ray_starting, start_ray
 from scacam.pipeline.stream import explain, speed, stages
+from scacam.pipeline.tasks import in_tasks
 from scacam.runs import lifecycle
 from scacam.runs.describe import class_weights, describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output

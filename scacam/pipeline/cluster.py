@@ -8,11 +8,10 @@ import os
 import re
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import ray
 import ray.exceptions
@@ -31,7 +30,6 @@ __all__ = [
     "await_nodes",
     "cores",
     "divide",
-    "in_tasks",
     "keep_freed_memory",
     "ray_starting",
     "root_cause",
@@ -40,11 +38,7 @@ __all__ = [
     "start_ray",
 ]
 
-Item = TypeVar("Item")
-Found = TypeVar("Found")
-
 _ACTORS_PER_GPU = 2
-_AHEAD = 2
 _BLOCK_BYTES = 64_000_000
 _BLOCK_S = 60
 _BLOCK_MIN_S = 0.5
@@ -186,35 +180,6 @@ def _lacking(gpus: int | None) -> str | None:
             f"come, and --gpus {there} does without them"
         )
     return None
-
-
-def in_tasks(work: Callable[[Item], Found], items: Iterable[Item]) -> Iterator[Found]:
-    """What each item comes to, in their order; no more are on the way than keep all CPUs busy.
-
-    Ray is started if it was not, and of a cluster the first worker waited for.
-
-    Raises:
-        Exception: what the work raised, as it was raised there.
-    """
-    start_ray()
-    if not ray.cluster_resources().get("CPU"):
-        await_nodes(0)
-    shared = ray.put(work)
-    task: Any = ray.remote(lambda work, item: work(item))
-    under_way: deque[ray.ObjectRef] = deque()
-    try:
-        for item in items:
-            if len(under_way) >= _AHEAD * ray.cluster_resources().get("CPU", 1):
-                yield ray.get(under_way.popleft())
-            under_way.append(task.remote(shared, item))
-        while under_way:
-            yield ray.get(under_way.popleft())
-    except ray.exceptions.RayTaskError as error:
-        error.cause.add_note(str(error))  # where it was raised
-        raise error.cause from None
-    finally:
-        for waiting in under_way:
-            ray.cancel(waiting)
 
 
 def allot(costs: Sequence[float], gpus: int) -> list[Allotment]:

@@ -17,7 +17,7 @@ from scacam.errors import ImageError, RunError
 from scacam.images import Preprocessing, ViewName, see
 from scacam.inputs.containers import Place, read_together, together
 from scacam.pipeline.progress import taken_up
-from scacam.pipeline.rows import Failure, set_failures
+from scacam.pipeline.stages.rows import Failure, set_failures
 from scacam.storage import PATIENCE_S, is_transient, read_ahead, read_bytes
 
 __all__ = ["Decode"]
