@@ -55,7 +55,15 @@ METHODS = ("feature_map", "gap_cam", "grad_cam", "sca_cam")
 
 
 def run(folder_or_manifest, output, *arguments) -> int:
-    base = ["--input", str(folder_or_manifest), "--output", str(output), "--methods", *METHODS]
+    base = [
+        "--input",
+        str(folder_or_manifest),
+        "--output",
+        str(output),
+        "--methods",
+        *METHODS,
+        METHODS[0],
+    ]
     return main([*base, "--networks", "tests.tiny_networks:colours", *arguments])
 
 

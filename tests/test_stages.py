@@ -1,7 +1,11 @@
 """The stages of the explain job on one block, called as Ray calls them: whose image fails."""
 
+import io
+import os
 import shutil
+import tarfile
 import threading
+from datetime import timedelta
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,10 +18,11 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
-from servers import BUCKET, ObjectStore
+from servers import BUCKET, ObjectStore, Proxy
 
 from scacam.errors import ImageError, RunError
 from scacam.images import Preprocessing, see
+from scacam.inputs.manifest import read_manifest
 from scacam.localization import localize
 from scacam.pipeline.checkpoint import checkpoint, images_of
 from scacam.pipeline.cluster import start_ray
@@ -27,6 +32,8 @@ from scacam.pipeline.stages import decode
 from scacam.pipeline.stages.decode import Decode
 from scacam.pipeline.stages.localize import Localize, Speaker
 from scacam.pipeline.stages.rows import SAID, said
+from scacam.pipeline.tasks import in_tasks
+from scacam.storage import s3
 from scacam.storage.s3 import open_bucket
 from scacam.tables import MANIFEST, explanations_folder
 
@@ -57,6 +64,39 @@ def test_whatever_an_image_raises_costs_that_image_alone(photo_folder, monkeypat
     assert failures(block) == {1: ("decode", "failed")}
     assert block["message"][1].as_py() == "ZeroDivisionError: by nothing"
     assert block["width"].to_pylist() == [200, 0, 220, 230]
+
+
+def write_tar(path: Path, images: list[bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for index, image in enumerate(images):
+            entry = tarfile.TarInfo(f"{index}.jpg")
+            entry.size = len(image)
+            tar.addfile(entry, io.BytesIO(image))
+
+
+def test_a_shard_that_is_cut_after_it_was_listed_costs_what_is_cut_off(tmp_path, photo_bytes):
+    """Though its images are read together."""
+    shard = tmp_path / "a.tar"
+    write_tar(shard, [photo_bytes("JPEG", 60, 40, seed) for seed in range(8)])
+    listed = read_manifest(str(shard)).table
+    os.truncate(shard, listed["offset"][5].as_py() + 10)
+    found = Decode([SMALL], "center_crop", None)(listed)
+    assert list(failures(found)) == [5, 6, 7]
+    assert found["width"].to_pylist()[:5] == [60] * 5
+
+
+def test_containers_are_listed_in_tasks(tmp_path, photo_bytes):
+    """As they are without, and what they raise as it was raised."""
+    for shard in range(5):
+        write_tar(tmp_path / f"{shard}.tar", [photo_bytes("JPEG", 9, 9, shard)] * (shard + 1))
+    apart = read_manifest(str(tmp_path), ahead=in_tasks)
+    assert len(apart.table) == 15
+    assert apart.table.equals(read_manifest(str(tmp_path)).table)
+    for index in range(2):
+        pq.write_table(pa.table({"image": [b""]}), tmp_path / f"{index}.parquet")
+    with pytest.raises(RunError) as caught:
+        read_manifest(str(tmp_path), label_column="kind", ahead=in_tasks)
+    assert str(caught.value) == f"{tmp_path}/0.parquet has no column 'kind'; it has image"
 
 
 def test_who_interrupts_is_obeyed(photo_folder, monkeypatch):
@@ -188,6 +228,21 @@ def store(tmp_path: Path, monkeypatch):
     shutil.rmtree(folder)
 
 
+@pytest.mark.long
+def test_a_shard_is_read_in_few_requests(store, photo_bytes, tmp_path, monkeypatch):
+    proxy = Proxy(store.ports[0])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards/a.tar", [photo_bytes("JPEG", 300, 200, i) for i in range(40)])
+    store.upload(tmp_path / "shards", "shards")
+    listed = read_manifest(f"s3://{BUCKET}/shards").table
+    listing = len(proxy.heads)
+    assert not failures(Decode([SMALL], "center_crop", None)(listed))
+    assert listing <= 5
+    assert proxy.requests()[listing:] == [f"GET /{BUCKET}/shards/a.tar"]
+    proxy.stop()
+
+
 @pytest.fixture
 def moody(store, monkeypatch):
     """Stands before the store, and has no time for objects that are called `busy`."""
@@ -236,10 +291,12 @@ def test_one_image_that_the_store_never_gives_is_a_row(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("given", [0, 20])
-def test_a_store_that_is_out_stops_the_job(store, photo_folder, monkeypatch, given):
-    """From the first image of a block on, or in the midst of it."""
+@pytest.mark.parametrize(("given", "how"), [(0, "stop"), (20, "stop"), (20, "freeze")])
+def test_a_store_that_is_out_stops_the_job(store, photo_folder, monkeypatch, given, how):
+    """From the first image of a block on, or in the midst of it; or it is silent."""
     monkeypatch.setattr(decode, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(s3, "_READ_WITHIN", timedelta(seconds=0.3))
+    monkeypatch.setattr(s3, "_ANSWERED_S", 0.3)
     folder = photo_folder(80)
     store.upload(folder, "photos")
     uris = [f"s3://{BUCKET}/photos/{path.name}" for path in sorted(folder.iterdir())]
@@ -247,7 +304,7 @@ def test_a_store_that_is_out_stops_the_job(store, photo_folder, monkeypatch, giv
 
     def stopping(*arguments):
         if len(seen) == given:
-            store.stop()
+            getattr(store, how)()
         seen.append(1)
         return see(*arguments)
 

@@ -173,7 +173,8 @@ def _stored(rows: pa.Table) -> int:
 def _input_bytes(manifest: pa.Table, sample: pa.Table) -> float:
     if not manifest["size"].null_count:
         return pc.sum(manifest["size"]).as_py()
-    sizes = [len(read_image(uri)) for uri in sample["uri"].to_pylist()]
+    rows = sample.select(["uri", "offset", "size"]).to_pylist()
+    sizes = [row["size"] or len(read_image(row["uri"], row["offset"])) for row in rows]
     return len(manifest) * sum(sizes) / len(sizes)
 
 
