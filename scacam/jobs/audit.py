@@ -8,12 +8,11 @@ was evaluated against boxes, it knows where the objects are. Writes OUT/metrics.
 
 import argparse
 import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
@@ -35,6 +34,7 @@ from scacam.audit.maps import true_boxes
 from scacam.audit.passes import AT_ONCE, Best, Judge, Judged, Look, Opening, Seen, merged
 from scacam.errors import RunError
 from scacam.pipeline.cluster import start_ray
+from scacam.pipeline.tasks import in_tasks
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
 from scacam.storage import join, locate
@@ -43,12 +43,8 @@ from scacam.storage.parquet import write_table
 logger = logging.getLogger("scacam")
 
 _AT_ONCE = 4096
-_AHEAD = 2
 _TOLD = 5
 _IMAGES = "findings_images"
-
-_Some = TypeVar("_Some")
-_Found = TypeVar("_Found")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -140,23 +136,6 @@ def look(work: Look, chunks: Sequence[np.ndarray]) -> dict[str, Seen]:
             parts = [part[name] for part in few if name in part]
             totals[name] = Seen.merge([*parts, *([totals[name]] if name in totals else [])])
     return totals
-
-
-def in_tasks(work: Callable[[_Some], _Found], chunks: Iterable[_Some]) -> Iterator[_Found]:
-    """What each chunk comes to, in their order; no more are on the way than keep all CPUs busy."""
-    shared = ray.put(work)
-    under_way: deque[ray.ObjectRef] = deque()
-    for chunk in chunks:
-        if len(under_way) >= _AHEAD * ray.cluster_resources().get("CPU", 1):
-            yield ray.get(under_way.popleft())
-        under_way.append(_done.remote(shared, chunk))
-    while under_way:
-        yield ray.get(under_way.popleft())
-
-
-@ray.remote
-def _done(work: Callable[[Any], Any], chunk: Any) -> Any:
-    return work(chunk)
 
 
 def write(
