@@ -164,6 +164,7 @@ async function open(at) {
 // The maps of one class of one network, and buttons for its other classes.
 function ofNetwork(image_id, { network, classes }) {
   const gallery = element("div", { class: "maps" });
+  const evidence = element("p", { class: "line" });
   const buttons = classes.map((one) => {
     const title = `${one.class_name} ${percent(one.probability)}${one.rank === null ? " (label)" : ""}`;
     const button = element("button", { type: "button", "aria-pressed": "false" }, title);
@@ -172,6 +173,9 @@ function ofNetwork(image_id, { network, classes }) {
   });
   function show(one, button) {
     for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+    const channels = one.channels.map(([channel, adds]) => `${channel} (${adds.toFixed(2)})`);
+    evidence.textContent = `The channels that add most to its logit: ${channels.join(", ")}`;
+    evidence.hidden = !channels.length;
     gallery.replaceChildren(
       ...mapsOf(network).map(({ layer, method, name }) => {
         const parameters = { network, layer, method, class_id: one.class_id };
@@ -181,7 +185,7 @@ function ofNetwork(image_id, { network, classes }) {
     );
   }
   show(classes[0], buttons[0]);
-  return [element("h3", {}, network), element("div", { class: "classes" }, ...buttons), gallery];
+  return [element("h3", {}, network), element("div", { class: "classes" }, ...buttons), gallery, evidence];
 }
 
 dialog.addEventListener("click", ({ target }) => {
