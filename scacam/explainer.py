@@ -16,8 +16,8 @@ from scacam.methods.channels import Channels, top_channels
 from scacam.methods.gradients import Gradients
 from scacam.methods.linear_head import LinearHead
 from scacam.networks import Network
-from scacam.networks.block import attending, pruned
-from scacam.networks.head import differentiable, differentiate
+from scacam.networks.block import attending, differentiate, gradients, pruned
+from scacam.networks.head import differentiable
 from scacam.networks.target import TargetLayer, capture
 from scacam.networks.tokens import kept
 
@@ -83,6 +83,10 @@ def observe(
         raise ScacamError(f"{len(images)} images need one label each, not {list(labels.shape)}")
     finer_layer = network.finer_layer if finer else None
     general = [layer for layer, head, *_ in network.layers if head.kind == "general"]
+    block = network.head.block
+    if block is not None and len(general) > 1:
+        block = block._replace(layer=None)  # a backward pass goes further down all the same
+    is_linear = block is not None and block.layer is not None
     wanted = {layer for layer, *_ in network.layers}
     if finer_layer is not None:
         wanted.add(finer_layer)
@@ -94,8 +98,10 @@ def observe(
         with (
             differentiable(network.module) if general else nullcontext(),
             attending(attention == "all") as blocks,
-            pruned(network.module, network.head.block) as attended,
-            capture(network.module, images.shape[2:], wanted, general) as captured,
+            pruned(network.module, block) as attended,
+            capture(
+                network.module, images.shape[2:], wanted, [] if is_linear else general
+            ) as captured,
         ):
             logits = network.logits(images)
         with _full_precision(images):
@@ -104,12 +110,20 @@ def observe(
                 class_ids = torch.cat([class_ids, labels[:, None]], dim=1)
             by_autograd: dict[TargetLayer, Tensor] = {}
             to_attention: list[Tensor] = []
-            if general:
+            if block is not None and is_linear:
+                to_tokens, *to_attention = gradients(
+                    network.module, block, attended[0], logits, class_ids
+                )
+                image = kept(to_tokens.shape[3], network.target_layer.others or ())
+                of_image = to_tokens.index_select(3, image.to(images.device))
+                shape = captured.of(network.target_layer).shape[2:]
+                by_autograd = {network.target_layer: of_image.unflatten(3, shape)}
+            elif general:
                 leaves = [captured.of(layer) for layer in general]
-                asked_of = attended if attention != "none" else []
-                gradients = differentiate(logits, [*leaves, *asked_of], class_ids)
-                by_autograd = dict(zip(general, gradients, strict=False))
-                to_attention = gradients[len(general) :]
+                asked_of = [seen.weights for seen in attended] if attention != "none" else []
+                found = differentiate(logits, [*leaves, *asked_of], class_ids)
+                by_autograd = dict(zip(general, found, strict=False))
+                to_attention = found[len(general) :]
             finer_features = None
             if finer_layer is not None:
                 finer_features = _widened(captured.of(finer_layer).detach())
@@ -142,10 +156,10 @@ def observe(
                 if layer != network.target_layer:
                     earlier[layer.name] = seen
             shown = None
-            if to_attention:
+            if attention != "none" and to_attention:
                 count = to_attention[0].shape[-1]
                 image = kept(count, network.target_layer.others or ()).to(images.device)
-                of_last = _widened(attended[0].detach()).mean(1)
+                of_last = _widened(attended[0].weights.detach()).mean(1)
                 shown = Attention(
                     [*map(_widened, blocks), of_last],
                     _widened(to_attention[0]),

@@ -2,13 +2,18 @@
 
 Where a class token is classified, the last block's other tokens serve as keys and values of one
 attention and are read no more. So keys and values are made of all tokens, and all that follows is
-run for the class token, with its distillation token and registers, alone: the same logits for less,
-and a backward pass for each class that is one product with the weights of keys and values.
+run for the class token, with its distillation token and registers, alone: the same logits for less.
+
+With one query, what a class's logit is to the keys is one vector per head times a number per token,
+and likewise to the values. Where keys and values are the same linear function of every token, so
+is its gradient to the tokens: a class costs a backward pass for two vectors per head and a small
+product, where autograd takes one for every token.
 """
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +22,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 
-__all__ = ["LastBlock", "attending", "pruned"]
+__all__ = ["Attended", "LastBlock", "attending", "differentiate", "gradients", "pruned"]
 
 _PATCHED = threading.RLock()
 """Held while torch's attention is another function than torch's."""
@@ -31,11 +36,31 @@ class LastBlock(NamedTuple):
         read: how many of the first tokens are no part of the image.
         follows: how many blocks before it let the same tokens attend to one another, if those are
             all that there are; else None.
+        layer: name of the layer whose tokens its keys and values are a linear function of, the
+            same for every token; None if they are not.
     """
 
     name: str
     read: int
     follows: int | None = None
+    layer: str | None = None
+
+
+@dataclass
+class Attended:
+    """What a pruned block's attention shows when it runs: of Q queries, in each head.
+
+    Attributes:
+        query: times its scale, `[B, heads, Q, D]`.
+        scores: before the softmax, `[B, heads, Q, N]`; a leaf where the block is linear.
+        weights: after it.
+        made: `[B, heads, Q, D]`.
+    """
+
+    query: Tensor
+    scores: Tensor
+    weights: Tensor
+    made: Tensor
 
 
 class _Seen(Exception):
@@ -43,16 +68,18 @@ class _Seen(Exception):
 
 
 @contextmanager
-def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Tensor]]:
+def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Attended]]:
     """Inside this context the block, if there is one, gives its first tokens alone.
 
+    A graph begins at the scores of its attention if its gradients are had by `gradients`.
+
     Yields:
-        A list to which its attention `[B, heads, read, N]` is added when it runs.
+        A list to which is added what its attention shows when it runs.
 
     Raises:
         NetworkError: in the forward pass: the block does not call torch's attention.
     """
-    seen: list[Tensor] = []
+    seen: list[Attended] = []
     if block is None:
         yield seen
         return
@@ -71,9 +98,14 @@ def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Tensor]]
             scale: float | None = None,
             **__: Any,
         ) -> Tensor:
-            of_read = None if mask is None else mask[..., : block.read, :]
-            seen.append(_weights(query, key, of_read, scale))
-            return seen[-1] @ value
+            query = _scaled(query, scale)
+            scores = _scores(query, key, None if mask is None else mask[..., : block.read, :])
+            if block.layer is not None:
+                torch.set_grad_enabled(True)
+                scores = scores.detach().requires_grad_()
+            weights = scores.softmax(-1)
+            seen.append(Attended(query, scores, weights, weights @ value))
+            return seen[-1].made
 
         def cut(given: Any) -> Any:
             """Without what belongs to the image's tokens: their rotary embeddings."""
@@ -116,7 +148,7 @@ def attending(wanted: bool = True) -> Iterator[list[Tensor]]:
         scale: float | None = None,
         **__: Any,
     ) -> Tensor:
-        weights = _weights(query, key, attn_mask, scale)
+        weights = _scores(_scaled(query, scale), key, attn_mask).softmax(-1)
         if weights.ndim == 4 and weights.shape[2] == weights.shape[3]:
             seen.append(weights.detach().mean(1))
         return weights @ value
@@ -125,13 +157,86 @@ def attending(wanted: bool = True) -> Iterator[list[Tensor]]:
         yield seen
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention `[B, heads, queries, keys]`."""
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
-    if mask is not None:
-        absent = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, -torch.inf) if absent else scores + mask
-    return scores.softmax(-1)
+def gradients(
+    module: nn.Module, block: LastBlock, seen: Attended, logits: Tensor, class_ids: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of the logits of some classes with respect to the tokens of a linear block's layer.
+
+    With `s` the scores, `p` their softmax, `q` the scaled query and `o = p V` in each head, that of
+    token n is `Σ_heads (∂y/∂s_n) W_Kᵀ q + p_n W_Vᵀ (∂y/∂o)`.
+
+    Args:
+        module: the network.
+        block: its last block, whose `layer` is not None.
+        seen: what its attention showed.
+        logits: `[B, classes]`.
+        class_ids: `[B, K]`.
+
+    Returns:
+        Those gradients `[B, K, C, N]`, and those with respect to the attention
+        `[B, K, heads, Q, N]`.
+    """
+    to_scores, to_made, to_weights = differentiate(
+        logits, [seen.scores, seen.made, seen.weights], class_ids
+    )
+    classes = class_ids.shape[1]
+    keys, values = _transposed(module, block, seen.query, to_made)
+    keys = keys[:, None].expand(-1, classes, -1, -1)
+    weights = seen.weights.detach()[:, None].expand(-1, classes, -1, -1, -1)
+    numbers = torch.cat([to_scores.flatten(2, 3), weights.flatten(2, 3)], 2)
+    return torch.cat([keys, values], 2).mT @ numbers, to_weights
+
+
+def _transposed(
+    module: nn.Module, block: LastBlock, queries: Tensor, made: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The transposed weights of keys and values times vectors of the heads.
+
+    By a backward pass through the block up to its attention, with one token for each vector.
+
+    Args:
+        module: the network.
+        block: its last block.
+        queries: `[B, heads, Q, D]`, for the weights of the keys.
+        made: `[B, K, heads, Q, D]`, for those of the values.
+
+    Returns:
+        `[B, heads · Q, C]` and `[B, K, heads · Q, C]`.
+    """
+    heads = queries.shape[1]
+    own = torch.eye(heads).to(queries)
+    for_keys = torch.einsum("gh,bhqd->gbhqd", own, queries).flatten(1, 3)
+    for_values = torch.einsum("gh,bkhqd->gbkhqd", own, made).flatten(1, 4)
+    count = for_keys.shape[1]
+    assert block.layer is not None
+    layer = module.get_submodule(block.layer)
+    width = next(iter(layer.parameters())).shape[0]
+    with torch.enable_grad():
+        tokens = queries.new_zeros(1, count + for_values.shape[1], width).requires_grad_()
+        handle = layer.register_forward_hook(lambda *_: tokens.clone())
+        try:
+            key, value, _ = _attended(lambda: module.get_submodule(block.name)(tokens.detach()))
+        finally:
+            handle.remove()
+        sums = (key[0, :, :count] * for_keys).sum() + (value[0, :, count:] * for_values).sum()
+    (found,) = torch.autograd.grad(sums, tokens)
+    of_keys, of_values = found[0, :count], found[0, count:]
+    return (
+        of_keys.unflatten(0, (len(queries), -1)),
+        of_values.unflatten(0, (*made.shape[:2], -1)),
+    )
+
+
+def _scaled(query: Tensor, scale: float | None) -> Tensor:
+    return query * (query.shape[-1] ** -0.5 if scale is None else scale)
+
+
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention before its softmax, `[B, heads, queries, keys]`, of a scaled query."""
+    scores = query @ key.mT
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
 def _attended(run: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -168,3 +273,27 @@ def _attention(function: Callable[..., Tensor]) -> Iterator[None]:
         finally:
             F.scaled_dot_product_attention = original
             torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def differentiate(logits: Tensor, features: Sequence[Tensor], class_ids: Tensor) -> list[Tensor]:
+    """One backward pass for all explained classes of the whole batch, to all of some features.
+
+    Args:
+        logits: `[B, classes]`, with a graph that leads to the features.
+        features: `[B, C, h, w]` each.
+        class_ids: `[B, K]`.
+
+    Returns:
+        The gradients with respect to each of the features, `[B, K, C, h, w]`.
+    """
+    with torch.enable_grad():
+        chosen = logits.gather(1, class_ids).sum(0)
+    each = torch.eye(len(chosen)).to(chosen)
+    try:
+        gradients = torch.autograd.grad(
+            chosen, features, each, retain_graph=True, is_grads_batched=True
+        )
+    except RuntimeError:  # an operation that is not made for this, or too little memory for it
+        one_by_one = [torch.autograd.grad(chosen, features, one, retain_graph=True) for one in each]
+        gradients = tuple(torch.stack(of_layer) for of_layer in zip(*one_by_one, strict=True))
+    return [of_layer.transpose(0, 1) for of_layer in gradients]

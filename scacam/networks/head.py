@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scacam.errors import NetworkError
 from scacam.methods import METHODS
 from scacam.methods.gradients import Gradients, MaskedGradients, weigh
-from scacam.networks.block import LastBlock, attending, pruned
+from scacam.networks.block import LastBlock, attending, differentiate, gradients, pruned
 from scacam.networks.output import (
     SHAPING,
     Output,
@@ -29,7 +29,7 @@ from scacam.networks.output import (
 )
 from scacam.networks.target import Reach, TargetLayer, capture, find_layers
 
-__all__ = ["Anatomy", "ExplainedLayer", "Head", "differentiable", "differentiate", "examine"]
+__all__ = ["Anatomy", "ExplainedLayer", "Head", "differentiable", "examine"]
 
 
 _SEED = 0
@@ -114,30 +114,6 @@ class Head:
             scores = weigh(weights, features) + biases[..., None, None]
             return MaskedGradients(per_cell, (scores > 0).to(features.dtype)[:, :, None])
         return per_cell
-
-
-def differentiate(logits: Tensor, features: Sequence[Tensor], class_ids: Tensor) -> list[Tensor]:
-    """One backward pass for all explained classes of the whole batch, to all of some features.
-
-    Args:
-        logits: `[B, classes]`, with a graph that leads to the features.
-        features: `[B, C, h, w]` each.
-        class_ids: `[B, K]`.
-
-    Returns:
-        The gradients with respect to each of the features, `[B, K, C, h, w]`.
-    """
-    with torch.enable_grad():
-        chosen = logits.gather(1, class_ids).sum(0)
-    each = torch.eye(len(chosen)).to(chosen)
-    try:
-        gradients = torch.autograd.grad(
-            chosen, features, each, retain_graph=True, is_grads_batched=True
-        )
-    except RuntimeError:  # an operation that is not made for this, or too little memory for it
-        one_by_one = [torch.autograd.grad(chosen, features, one, retain_graph=True) for one in each]
-        gradients = tuple(torch.stack(of_layer) for of_layer in zip(*one_by_one, strict=True))
-    return [of_layer.transpose(0, 1) for of_layer in gradients]
 
 
 class ExplainedLayer(NamedTuple):
@@ -350,7 +326,19 @@ def _last_block(
         one.shape == other.shape and (one - other).abs().max() <= 1e-4 * other.abs().max()
         for one, other in ((found, logits), (actual, expected))
     )
-    return block._replace(follows=_earlier_blocks(module, images, name)) if is_same else None
+    if not is_same:
+        return None
+    block = block._replace(follows=_earlier_blocks(module, images, name))
+    linear = block._replace(layer=target.name)
+    try:
+        with pruned(module, linear) as seen:
+            found = both_classes(module(images))
+        actual, _ = gradients(module, linear, seen[0], found, class_ids)
+    except Exception:  # its keys and values are more than a function of each token
+        return block
+    actual = actual[..., len(others) :].unflatten(3, expected.shape[3:])
+    is_linear = (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+    return linear if is_linear else block
 
 
 def _earlier_blocks(module: nn.Module, images: Tensor, last: str) -> int | None:
