@@ -16,10 +16,10 @@ from scacam.methods.channels import Channels, top_channels
 from scacam.methods.gradients import Gradients
 from scacam.methods.linear_head import LinearHead
 from scacam.networks import Network
-from scacam.networks.block import attending, differentiate, gradients, pruned
-from scacam.networks.head import differentiable
-from scacam.networks.target import TargetLayer, capture
-from scacam.networks.tokens import kept
+from scacam.networks.anatomy.backward import differentiable, differentiate, through_block
+from scacam.networks.anatomy.block import attending, pruned
+from scacam.networks.anatomy.layer import TargetLayer, capture
+from scacam.networks.anatomy.tokens import kept
 
 __all__ = ["Explainer", "Explanation", "Observation", "observe"]
 
@@ -111,7 +111,7 @@ def observe(
             by_autograd: dict[TargetLayer, Tensor] = {}
             to_attention: list[Tensor] = []
             if block is not None and is_linear:
-                to_tokens, *to_attention = gradients(
+                to_tokens, *to_attention = through_block(
                     network.module, block, attended[0], logits, class_ids
                 )
                 image = kept(to_tokens.shape[3], network.target_layer.others or ())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scacam import Explainer, Network, NetworkError, Preprocessing, load_network
 from scacam.explainer import observe
-from scacam.networks.tokens import grid_of, replaced, shape_of_grid
+from scacam.networks.anatomy.tokens import grid_of, replaced, shape_of_grid
 
 torch.set_num_threads(1)  # more of them only wait for each other on networks this small
 

@@ -11,7 +11,7 @@ product, where autograd takes one for every token.
 """
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 
-__all__ = ["Attended", "LastBlock", "attending", "differentiate", "gradients", "pruned"]
+__all__ = ["Attended", "LastBlock", "attended", "attending", "pruned"]
 
 _PATCHED = threading.RLock()
 """Held while torch's attention is another function than torch's."""
@@ -71,7 +71,7 @@ class _Seen(Exception):
 def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Attended]]:
     """Inside this context the block, if there is one, gives its first tokens alone.
 
-    A graph begins at the scores of its attention if its gradients are had by `gradients`.
+    A graph begins at its attention's scores where `backward.through_block` has its gradients.
 
     Yields:
         A list to which is added what its attention shows when it runs.
@@ -87,7 +87,7 @@ def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Attended
     whole = layer.forward
 
     def forward(tokens: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        key, value, mask = _attended(lambda: whole(tokens, *arguments, **keywords))
+        key, value, mask = attended(lambda: whole(tokens, *arguments, **keywords))
         of_image = tokens.shape[1] - block.read
 
         def attend(
@@ -157,76 +157,6 @@ def attending(wanted: bool = True) -> Iterator[list[Tensor]]:
         yield seen
 
 
-def gradients(
-    module: nn.Module, block: LastBlock, seen: Attended, logits: Tensor, class_ids: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Gradients of the logits of some classes with respect to the tokens of a linear block's layer.
-
-    With `s` the scores, `p` their softmax, `q` the scaled query and `o = p V` in each head, that of
-    token n is `Σ_heads (∂y/∂s_n) W_Kᵀ q + p_n W_Vᵀ (∂y/∂o)`.
-
-    Args:
-        module: the network.
-        block: its last block, whose `layer` is not None.
-        seen: what its attention showed.
-        logits: `[B, classes]`.
-        class_ids: `[B, K]`.
-
-    Returns:
-        Those gradients `[B, K, C, N]`, and those with respect to the attention
-        `[B, K, heads, Q, N]`.
-    """
-    to_scores, to_made, to_weights = differentiate(
-        logits, [seen.scores, seen.made, seen.weights], class_ids
-    )
-    classes = class_ids.shape[1]
-    keys, values = _transposed(module, block, seen.query, to_made)
-    keys = keys[:, None].expand(-1, classes, -1, -1)
-    weights = seen.weights.detach()[:, None].expand(-1, classes, -1, -1, -1)
-    numbers = torch.cat([to_scores.flatten(2, 3), weights.flatten(2, 3)], 2)
-    return torch.cat([keys, values], 2).mT @ numbers, to_weights
-
-
-def _transposed(
-    module: nn.Module, block: LastBlock, queries: Tensor, made: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The transposed weights of keys and values times vectors of the heads.
-
-    By a backward pass through the block up to its attention, with one token for each vector.
-
-    Args:
-        module: the network.
-        block: its last block.
-        queries: `[B, heads, Q, D]`, for the weights of the keys.
-        made: `[B, K, heads, Q, D]`, for those of the values.
-
-    Returns:
-        `[B, heads · Q, C]` and `[B, K, heads · Q, C]`.
-    """
-    heads = queries.shape[1]
-    own = torch.eye(heads).to(queries)
-    for_keys = torch.einsum("gh,bhqd->gbhqd", own, queries).flatten(1, 3)
-    for_values = torch.einsum("gh,bkhqd->gbkhqd", own, made).flatten(1, 4)
-    count = for_keys.shape[1]
-    assert block.layer is not None
-    layer = module.get_submodule(block.layer)
-    width = next(iter(layer.parameters())).shape[0]
-    with torch.enable_grad():
-        tokens = queries.new_zeros(1, count + for_values.shape[1], width).requires_grad_()
-        handle = layer.register_forward_hook(lambda *_: tokens.clone())
-        try:
-            key, value, _ = _attended(lambda: module.get_submodule(block.name)(tokens.detach()))
-        finally:
-            handle.remove()
-        sums = (key[0, :, :count] * for_keys).sum() + (value[0, :, count:] * for_values).sum()
-    (found,) = torch.autograd.grad(sums, tokens)
-    of_keys, of_values = found[0, :count], found[0, count:]
-    return (
-        of_keys.unflatten(0, (len(queries), -1)),
-        of_values.unflatten(0, (*made.shape[:2], -1)),
-    )
-
-
 def _scaled(query: Tensor, scale: float | None) -> Tensor:
     return query * (query.shape[-1] ** -0.5 if scale is None else scale)
 
@@ -239,7 +169,7 @@ def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
 
 
-def _attended(run: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor | None]:
+def attended(run: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Key, value and additive mask of the first attention of a call, which ends there."""
     seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
@@ -273,27 +203,3 @@ def _attention(function: Callable[..., Tensor]) -> Iterator[None]:
         finally:
             F.scaled_dot_product_attention = original
             torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def differentiate(logits: Tensor, features: Sequence[Tensor], class_ids: Tensor) -> list[Tensor]:
-    """One backward pass for all explained classes of the whole batch, to all of some features.
-
-    Args:
-        logits: `[B, classes]`, with a graph that leads to the features.
-        features: `[B, C, h, w]` each.
-        class_ids: `[B, K]`.
-
-    Returns:
-        The gradients with respect to each of the features, `[B, K, C, h, w]`.
-    """
-    with torch.enable_grad():
-        chosen = logits.gather(1, class_ids).sum(0)
-    each = torch.eye(len(chosen)).to(chosen)
-    try:
-        gradients = torch.autograd.grad(
-            chosen, features, each, retain_graph=True, is_grads_batched=True
-        )
-    except RuntimeError:  # an operation that is not made for this, or too little memory for it
-        one_by_one = [torch.autograd.grad(chosen, features, one, retain_graph=True) for one in each]
-        gradients = tuple(torch.stack(of_layer) for of_layer in zip(*one_by_one, strict=True))
-    return [of_layer.transpose(0, 1) for of_layer in gradients]
