@@ -6,6 +6,7 @@ The *view* is the rectangle of it, in its own pixels, that is resized to the net
 
 import contextlib
 import io
+import re
 import warnings
 import zlib
 from collections.abc import Sequence
@@ -45,6 +46,7 @@ _HEIF_BRANDS = (
 
 _PNG = b"\x89PNG\r\n\x1a\n"
 _XMP = ("xmp", "XML:com.adobe.xmp")
+_EXIF_ITEM = re.compile(rb"(infe.{8})Exif", re.DOTALL)
 _ORIENTING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 
@@ -150,9 +152,10 @@ def _decoded(data: bytes, shorter_side: int | None) -> tuple[Image.Image, tuple[
             try:
                 return _read(data, shorter_side)
             except Exception:
-                if not data.startswith(_PNG):
+                bare = _without_metadata(data)
+                if bare == data:
                     raise
-                return _read(_without_metadata(data), shorter_side)
+                return _read(bare, shorter_side)
     except ImageError:
         raise
     except Image.DecompressionBombError as error:
@@ -227,8 +230,13 @@ def _unidentified(data: bytes) -> ImageError:
 def _without_metadata(data: bytes) -> bytes:
     """A PNG with the chunks that its pixels need, and of the others those that may turn it.
 
-    Pillow gives up a PNG for any chunk that is broken or too large, as if it held pixels.
+    Pillow gives up a PNG for any chunk that is broken or too large, as if it held pixels; and an
+    AVIF for its EXIF, whose item gets another name here. It is turned by items of its own.
     """
+    if data[4:8] == b"ftyp":
+        return _EXIF_ITEM.sub(rb"\1none", data)
+    if not data.startswith(_PNG):
+        return data
     kept, start = [data[:8]], 8
     while start < len(data):
         end = start + 12 + int.from_bytes(data[start : start + 4])

@@ -24,9 +24,9 @@ from scacam import Preprocessing, load_network
 from scacam.images import decode, pixels, view_of
 from scacam.jobs.command import run_job
 from scacam.pipeline.checkpoint import checkpoint
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.localize import Localize
 from scacam.pipeline.sink import ShardSink
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.localize import Localize
 
 main = partial(run_job, "explain")
 
@@ -55,7 +55,15 @@ METHODS = ("feature_map", "gap_cam", "grad_cam", "sca_cam")
 
 
 def run(folder_or_manifest, output, *arguments) -> int:
-    base = ["--input", str(folder_or_manifest), "--output", str(output), "--methods", *METHODS]
+    base = [
+        "--input",
+        str(folder_or_manifest),
+        "--output",
+        str(output),
+        "--methods",
+        *METHODS,
+        METHODS[0],
+    ]
     return main([*base, "--networks", "tests.tiny_networks:colours", *arguments])
 
 
@@ -238,7 +246,7 @@ def test_only_the_workers_of_networks_load_torch(tmp_path):
     sent = (
         checkpoint(output),
         Decode([Preprocessing()], "center_crop", None),
-        Localize({"explanations": (224, 224)}, ["grad_cam"], None),
+        Localize([], ["grad_cam"], False, 0.0, None),
         ShardSink(output, {"explanations": (7, 7)}, None, 1.0),
     )
     program = "import pickle, sys; pickle.load(sys.stdin.buffer); print('torch' in sys.modules)"

@@ -19,9 +19,9 @@ from scacam.errors import RunError
 from scacam.jobs.command import run_job
 from scacam.methods import METHODS
 from scacam.pipeline.cluster import root_cause, start_ray
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.explain import Explain
 from scacam.pipeline.progress import Held, Tally, start_tally, taken_up
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.explain import Explain
 from tests.faulty_networks import ILLEGAL
 from tests.tiny_networks import colours, greedy
 

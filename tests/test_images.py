@@ -226,6 +226,22 @@ def test_chunks_without_pixels_do_not_cost_them(photo, chunks, at_end):
     assert decode(png_with(image, *chunks, xmp, at_end=at_end)).size == (20, 40)
 
 
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_exif_that_is_none_does_not_cost_the_pixels_of_an_avif(photo, orientation):
+    """Nor is it turned otherwise, as it has its orientation elsewhere."""
+    exif = Image.Exif()
+    exif[0x0112], exif[0x013B] = orientation, "somebody"
+    buffer = io.BytesIO()
+    photo(60, 40).save(buffer, "AVIF", exif=exif.tobytes())
+    whole = buffer.getvalue()
+    before, header, behind = whole.partition(b"II*\0" if b"II*\0" in whole else b"MM\0*")
+    broken = before + b"\xff" * len(header) + behind
+    with pytest.raises(ValueError, match=r"(?i)exif"):
+        Image.open(io.BytesIO(broken))
+    np.testing.assert_array_equal(np.asarray(decode(broken)), np.asarray(decode(whole)))
+    assert decode(broken).size == ((40, 60) if orientation == 6 else (60, 40))
+
+
 def test_a_palette_is_no_metadata(photo):
     image = photo(40, 20).convert("P")
     data = png_with(image, chunk(b"zTXt", b"comment\0\0" + HUGE), transparency=3)

@@ -20,7 +20,7 @@ from timm.data import ImageNetInfo
 
 from scacam.errors import RunError
 from scacam.evaluation.truth import read_boxes
-from scacam.inputs.containers import read_image
+from scacam.inputs.containers import Place, read_image, read_together, together
 from scacam.inputs.labels import imagenet_names, imagenet_wnids
 from scacam.inputs.manifest import (
     Manifest,
@@ -94,6 +94,30 @@ def test_tar_shards(tmp_path, photo_bytes):
         assert read_image(row["uri"], row["offset"], row["size"]) == contents[row["uri"]]
         assert read_image(row["uri"]) == contents[row["uri"]]
     assert len(listed(tmp_path / "001.tar")[0]) == 3
+
+
+def test_images_behind_one_another_in_a_tar_are_read_at_once():
+    """Up to a megabyte, and with no more than 64 kB between one and the next."""
+    kilo = 1024
+    behind = [Place("a.tar::0", 512, 500 * kilo), Place("a.tar::1", 501 * kilo, 400 * kilo)]
+    beyond = [Place("a.tar::2", 902 * kilo, 200 * kilo), Place("a.tar::3", 1103 * kilo, 1)]
+    far = [Place("a.tar::4", 2000 * kilo, 9), Place("a.tar::5", 2001 * kilo, 2 << 20)]
+    before = [Place("a.tar::6", 512, 9)]
+    elsewhere = [Place("b.tar::0", 600, 9), Place("b.tar::1", 700, 9)]
+    alone = [Place("b.tgz::0", None, 9), Place("b.tgz::1", None, 9), Place("c.parquet::0", 0, None)]
+    alone += [Place("c.parquet::1", 1, None), Place("d.jpg", None, None), Place("e.jpg", None, 7)]
+    groups = [behind, beyond, far[:1], far[1:], before, elsewhere, *([one] for one in alone)]
+    assert list(together(place for group in groups for place in group)) == groups
+    assert list(together([])) == []
+
+
+def test_images_that_are_read_at_once_are_those_that_are_read_one_by_one(tmp_path, photo_bytes):
+    write_tar(tmp_path / "a.tar", {f"{i}.jpg": photo_bytes("JPEG", 30, 20, i) for i in range(9)})
+    places = [
+        Place(*(row[name] for name in Place._fields)) for row in listed(tmp_path / "a.tar")[0]
+    ]
+    (group,) = together(places)
+    assert read_together(group) == [read_image(*place) for place in places]
 
 
 @pytest.mark.parametrize("as_struct", [True, False])
@@ -512,6 +536,47 @@ def test_wordnet_ids_are_classes_of_imagenet_only():
             resolve_labels(named(*wnids), {"net": others})
 
 
+def class_label_table(path: Path, names: list[str], labels: list[int]) -> None:
+    """As `datasets` writes a table of images and a ClassLabel."""
+    features = {"image": {"_type": "Image"}, "kind": {"names": names, "_type": "ClassLabel"}}
+    said = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"image": [{"bytes": b"x", "path": None}] * len(labels), "kind": labels})
+    pq.write_table(table.replace_schema_metadata(said), path)
+
+
+@pytest.mark.parametrize(
+    ("categories", "expected"),
+    [
+        (["dog", "Sea_horse", "cat"], [2, 0, None, 1]),  # by their names, as the network numbers
+        (["cat", "dog", "seahorse"], None),  # two of three are their own numbers: not enough
+        (["cat", "sea horse", "dog", "cow", "sea horse"], None),
+        (None, [0, 1, None, 2]),
+        (["tench", "goldfish", "shark"], None),
+    ],
+)
+def test_names_of_class_labels(tmp_path, categories, expected):
+    class_label_table(tmp_path / "a.parquet", ["cat", "dog", "sea horse"], [0, 1, -1, 2])
+    manifest = read_manifest(str(tmp_path), label_column="kind")
+    if expected is None:
+        with pytest.raises(RunError, match="mean no one class of net"):
+            resolve_labels(manifest, {"net": categories})
+    else:
+        resolved = resolve_labels(manifest, {"net": categories})
+        assert resolved.table["label"].to_pylist() == expected
+
+
+def test_class_labels_keep_their_numbers_where_a_few_names_are_ambiguous(tmp_path):
+    """As `crane` is among ImageNet's, where the network's names are those of the data set."""
+    names = [f"class {i}" for i in range(9)]
+    class_label_table(tmp_path / "a.parquet", [*names, "crane"], list(range(10)))
+    manifest = read_manifest(str(tmp_path), label_column="kind")
+    resolved = resolve_labels(manifest, {"net": [*names, "Crane, bird", "Crane, machine"]})
+    assert resolved.table["label"].to_pylist() == list(range(10))
+    for others in ([*names[::-1], "crane", "crane"], [*names, "stork", "crane", "crane"]):
+        with pytest.raises(RunError, match="mean no one class"):
+            resolve_labels(manifest, {"net": others})
+
+
 def test_wordnet_ids_are_those_of_timm():
     assert list(imagenet_wnids()) == ImageNetInfo().label_names()
 
@@ -629,3 +694,45 @@ def test_an_object_that_is_named_as_the_prefix_hides_nothing(monkeypatch):
     finally:
         open_bucket.cache_clear()
         server.stop()
+
+
+def test_boxes_are_those_of_their_images_one_by_one(tmp_path):
+    """Images there several times, and several boxes each, in any order: against plain loops."""
+    rng = np.random.default_rng(0)
+    uris = [f"/x/{index}.jpg" for index in rng.integers(0, 40, 60)]
+    labels = [None if label == 3 else label for label in rng.integers(0, 4, 60).tolist()]
+    rows = [
+        {"image_id": i, "uri": uri, "label": label}
+        for i, (uri, label) in enumerate(zip(uris, labels, strict=True))
+    ]
+    boxes = [
+        (f"/x/{name}.jpg", index, index + 1, label - 1)
+        for index, (name, label) in enumerate(rng.integers(0, [60, 4], (200, 2)).tolist())
+    ]
+    lines = [f"{uri},{x},{x},{end},{end},{label}" for uri, x, end, label in boxes]
+    (tmp_path / "b.csv").write_text("\n".join(["uri,x0,y0,x1,y1,class_id", *lines]))
+    manifest = pa.Table.from_pylist(rows, MANIFEST)
+    found, left_out = read_boxes(str(tmp_path / "b.csv"), manifest)
+
+    def fits(row, label):
+        return row["label"] is not None and label in (-1, row["label"])
+
+    expected = [
+        (row["image_id"], x)
+        for row in rows
+        for uri, x, _, label in boxes
+        if uri == row["uri"] and fits(row, label)
+    ]
+    assert list(zip(found.image_ids, found.boxes[:, 0], strict=True)) == expected
+    kept = {x for _, x in expected}
+    lost = [(uri, x, label) for uri, x, _, label in boxes if x not in kept]
+    inside = [uri for uri, *_ in lost if uri in uris]
+    unlabelled = sum(
+        any(row["label"] is None for row in rows if row["uri"] == uri) for uri in inside
+    )
+    otherwise = sum(
+        any(row["label"] is not None for row in rows if row["uri"] == uri) for uri in inside
+    )
+    assert left_out["boxes of images that are not in the run"] == len(lost) - len(inside) > 0
+    assert left_out["boxes of images without a label"] == unlabelled > 0
+    assert left_out["boxes of other classes than the label"] == otherwise > 0

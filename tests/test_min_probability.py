@@ -1,6 +1,7 @@
 """Of independent labels those that are probable are explained, and at least the most probable."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
@@ -11,8 +12,8 @@ from scacam import Network
 from scacam.errors import RunError
 from scacam.jobs import explain as job
 from scacam.methods import METHODS
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.explain import Explain
+from scacam.pipeline.stages.explain import Explain
+from scacam.pipeline.stream import stages
 
 COLOURS = {"yellow": (255, 255, 0), "blue": (0, 0, 255), "black": (0, 0, 0)}
 
@@ -30,21 +31,18 @@ def _explained(
     absent = pa.nulls(len(uris), pa.int64())
     columns = {"image_id": range(len(uris)), "uri": uris, "label": pa.array(labels, pa.int32())}
     table = pa.table(columns | {"offset": absent, "size": absent})
-    stage = Explain(
-        lambda: network,
+    options = SimpleNamespace(
         methods=["gap_cam"],
         top_k=3,
         explain_label=True,
         min_probability=min_probability,
         embeddings=False,
-        sampling=0,
+        view="center_crop",
         bfloat16=False,
-        last_use=True,
         batch_size=16,
-        is_last=False,
-        tally=None,
     )
-    batch = stage(Decode([network.preprocessing], "center_crop", None)(table))
+    decode, (arguments,), localize = stages(options, [network], None)
+    batch = localize(Explain(lambda: network, **arguments)(decode(table)))
     (column,) = (name for name in batch.column_names if name.startswith("explanations/"))
     rows = batch[column].to_pylist()
     return [[(row["class_id"], row["rank"]) for row in image] for image in rows]

@@ -1,7 +1,11 @@
 """The stages of the explain job on one block, called as Ray calls them: whose image fails."""
 
+import io
+import os
 import shutil
+import tarfile
 import threading
+from datetime import timedelta
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,20 +18,24 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import ray.data
-from servers import BUCKET, ObjectStore
+from servers import BUCKET, ObjectStore, Proxy
 
 from scacam.errors import ImageError, RunError
 from scacam.images import Preprocessing, see
+from scacam.inputs.manifest import read_manifest
 from scacam.localization import localize
-from scacam.pipeline import decode
 from scacam.pipeline.checkpoint import checkpoint, images_of
 from scacam.pipeline.cluster import start_ray
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import start_tally
 from scacam.pipeline.sink import ShardSink
+from scacam.pipeline.stages import decode
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.localize import Localize, Speaker
+from scacam.pipeline.stages.rows import SAID, said
+from scacam.pipeline.tasks import in_tasks
+from scacam.storage import s3
 from scacam.storage.s3 import open_bucket
-from scacam.tables import EXPLANATION, MANIFEST, explanations_folder, pack_heatmaps
+from scacam.tables import MANIFEST, explanations_folder
 
 SMALL = Preprocessing((32, 32), 32)
 
@@ -58,6 +66,39 @@ def test_whatever_an_image_raises_costs_that_image_alone(photo_folder, monkeypat
     assert block["width"].to_pylist() == [200, 0, 220, 230]
 
 
+def write_tar(path: Path, images: list[bytes]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for index, image in enumerate(images):
+            entry = tarfile.TarInfo(f"{index}.jpg")
+            entry.size = len(image)
+            tar.addfile(entry, io.BytesIO(image))
+
+
+def test_a_shard_that_is_cut_after_it_was_listed_costs_what_is_cut_off(tmp_path, photo_bytes):
+    """Though its images are read together."""
+    shard = tmp_path / "a.tar"
+    write_tar(shard, [photo_bytes("JPEG", 60, 40, seed) for seed in range(8)])
+    listed = read_manifest(str(shard)).table
+    os.truncate(shard, listed["offset"][5].as_py() + 10)
+    found = Decode([SMALL], "center_crop", None)(listed)
+    assert list(failures(found)) == [5, 6, 7]
+    assert found["width"].to_pylist()[:5] == [60] * 5
+
+
+def test_containers_are_listed_in_tasks(tmp_path, photo_bytes):
+    """As they are without, and what they raise as it was raised."""
+    for shard in range(5):
+        write_tar(tmp_path / f"{shard}.tar", [photo_bytes("JPEG", 9, 9, shard)] * (shard + 1))
+    apart = read_manifest(str(tmp_path), ahead=in_tasks)
+    assert len(apart.table) == 15
+    assert apart.table.equals(read_manifest(str(tmp_path)).table)
+    for index in range(2):
+        pq.write_table(pa.table({"image": [b""]}), tmp_path / f"{index}.parquet")
+    with pytest.raises(RunError) as caught:
+        read_manifest(str(tmp_path), label_column="kind", ahead=in_tasks)
+    assert str(caught.value) == f"{tmp_path}/0.parquet has no column 'kind'; it has image"
+
+
 def test_who_interrupts_is_obeyed(photo_folder, monkeypatch):
     def interrupted(*_):
         raise KeyboardInterrupt
@@ -82,40 +123,47 @@ ONE, TWO = (explanations_folder(name, "features") for name in ("one", "two"))
 
 
 def explained(maps: dict[str, np.ndarray]) -> pa.Table:
-    """A block as the networks leave it: in each column, one map `[N, h, w]` of every image."""
+    """A block as the networks leave it, each with one map `[N, h, w]` of every image."""
     count = len(next(iter(maps.values())))
     columns: dict[str, object] = {"image_id": np.arange(count)}
     columns["uri"] = [f"{index}.jpg" for index in range(count)]
     columns |= {"width": pa.array([64] * count, pa.int32()), "label": pa.nulls(count, pa.int32())}
     columns |= {"height": columns["width"]}
     columns |= {name: pa.nulls(count, pa.string()) for name in ("stage", "error", "message")}
+    views = np.array([[0, 0, 64, 64]] * count, dtype=np.float32)
+    columns["view 0"] = pa.FixedShapeTensorArray.from_numpy_ndarray(views)
     for name, heatmaps in maps.items():
-        packed, scales = pack_heatmaps(heatmaps)
-        values = {"view_x0": 0, "view_y0": 0, "view_x1": 64, "view_y1": 64, "class_id": 0}
-        values |= {"rank": 1, "probability": 1, "method": "gap_cam"}
-        values |= {"map_height": heatmaps.shape[1], "map_width": heatmaps.shape[2]}
-        lists = [
-            [values | {"heatmap": heatmap.ravel(), "scale": scale}]
-            for heatmap, scale in zip(packed, scales, strict=True)
-        ]
-        columns[name] = pa.array(lists, pa.list_(pa.struct(EXPLANATION)))
+        for what, kind in SAID.items():
+            columns[said(name, what)] = pa.array([[0]] * count, pa.list_(kind))
+        lists = list(heatmaps.reshape(count, -1))
+        columns[said(name, "features")] = pa.array(lists, pa.list_(pa.float32()))
     return pa.table(columns)
 
 
-def spoilt(block: pa.Table, name: str, row: int) -> pa.Table:
+def localizing(maps: dict[str, np.ndarray]) -> Localize:
+    """The stage after networks with such maps."""
+    speakers = [
+        Speaker(name, ["cat"], 1, 0, (32, 32), {"features": (["gap_cam"], heatmaps.shape[1:])})
+        for name, heatmaps in maps.items()
+    ]
+    return Localize(speakers, [], False, 0.0, None)
+
+
+def spoilt(block: pa.Table, network: str, row: int) -> pa.Table:
     """The block with a map of too few cells."""
+    name = said(network, "features")
     lists = block[name].to_pylist()
-    lists[row][0]["heatmap"] = lists[row][0]["heatmap"][1:]
+    lists[row] = lists[row][1:]
     column = pa.array(lists, block.schema.field(name).type)
     return block.set_column(block.schema.get_field_index(name), name, column)
 
 
 def test_a_map_that_raises_costs_its_image_alone(tmp_path):
     rng = np.random.default_rng(0)
-    maps = {ONE: rng.standard_normal((5, 4, 4)), TWO: rng.standard_normal((5, 3, 3))}
-    stage = Localize({ONE: (32, 32), TWO: (32, 32)}, [], None)
+    maps = {"one": rng.standard_normal((5, 4, 4)), "two": rng.standard_normal((5, 3, 3))}
+    stage = localizing(maps)
     whole = stage(explained(maps))
-    found = stage(spoilt(explained(maps), TWO, 3))
+    found = stage(spoilt(explained(maps), "two", 3))
     assert failures(whole) == {}
     assert failures(found) == {3: ("localize", "failed")}
     assert "ValueError" in found["message"][3].as_py()
@@ -123,14 +171,14 @@ def test_a_map_that_raises_costs_its_image_alone(tmp_path):
     for column in (ONE, TWO):
         assert found[column].take(others) == whole[column].take(others)
     views = np.array([[0, 0, 64, 64]] * 5)
-    peaks, _ = localize(maps[ONE], np.zeros(5, bool), views, (32, 32))
+    peaks, _ = localize(maps["one"], np.zeros(5, bool), views, (32, 32))
     first = [lists[0]["peak_x"] for lists in found[ONE].take(others).to_pylist()]
     assert first == peaks[others, 0].tolist()
 
     start_ray()
     sink = ShardSink(str(tmp_path), {ONE: (4, 4), TWO: (3, 3)}, start_tally(), 1.0)
     sink.write([found], SimpleNamespace(kwargs={"write_uuid": "task"}, task_idx=0))
-    for folder in maps:
+    for folder in (ONE, TWO):
         rows = ds.dataset(tmp_path / folder).to_table()
         assert rows["image_id"].to_pylist() == others
     assert ds.dataset(tmp_path / "errors").to_table()["image_id"].to_pylist() == [3]
@@ -157,11 +205,12 @@ def test_the_images_of_a_run_are_those_that_its_checkpoint_does_not_have(tmp_pat
 
 
 def test_what_failed_before_keeps_its_reason():
-    block = spoilt(explained({ONE: np.random.default_rng(0).standard_normal((2, 4, 4))}), ONE, 1)
+    maps = {"one": np.random.default_rng(0).standard_normal((2, 4, 4))}
+    block = spoilt(explained(maps), "one", 1)
     for name, value in (("stage", "explain"), ("error", "not_finite"), ("message", "NaN")):
         column = pa.array([None, value], pa.string())
         block = block.set_column(block.schema.get_field_index(name), name, column)
-    found = Localize({ONE: (32, 32)}, [], None)(block)
+    found = localizing(maps)(block)
     assert failures(found) == {1: ("explain", "not_finite")}
 
 
@@ -177,6 +226,21 @@ def store(tmp_path: Path, monkeypatch):
     open_bucket.cache_clear()
     found.stop()
     shutil.rmtree(folder)
+
+
+@pytest.mark.long
+def test_a_shard_is_read_in_few_requests(store, photo_bytes, tmp_path, monkeypatch):
+    proxy = Proxy(store.ports[0])
+    monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.endpoint)
+    (tmp_path / "shards").mkdir()
+    write_tar(tmp_path / "shards/a.tar", [photo_bytes("JPEG", 300, 200, i) for i in range(40)])
+    store.upload(tmp_path / "shards", "shards")
+    listed = read_manifest(f"s3://{BUCKET}/shards").table
+    listing = len(proxy.heads)
+    assert not failures(Decode([SMALL], "center_crop", None)(listed))
+    assert listing <= 5
+    assert proxy.requests()[listing:] == [f"GET /{BUCKET}/shards/a.tar"]
+    proxy.stop()
 
 
 @pytest.fixture
@@ -227,10 +291,12 @@ def test_one_image_that_the_store_never_gives_is_a_row(
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("given", [0, 20])
-def test_a_store_that_is_out_stops_the_job(store, photo_folder, monkeypatch, given):
-    """From the first image of a block on, or in the midst of it."""
+@pytest.mark.parametrize(("given", "how"), [(0, "stop"), (20, "stop"), (20, "freeze")])
+def test_a_store_that_is_out_stops_the_job(store, photo_folder, monkeypatch, given, how):
+    """From the first image of a block on, or in the midst of it; or it is silent."""
     monkeypatch.setattr(decode, "PATIENCE_S", 2.0)
+    monkeypatch.setattr(s3, "_READ_WITHIN", timedelta(seconds=0.3))
+    monkeypatch.setattr(s3, "_ANSWERED_S", 0.3)
     folder = photo_folder(80)
     store.upload(folder, "photos")
     uris = [f"s3://{BUCKET}/photos/{path.name}" for path in sorted(folder.iterdir())]
@@ -238,7 +304,7 @@ def test_a_store_that_is_out_stops_the_job(store, photo_folder, monkeypatch, giv
 
     def stopping(*arguments):
         if len(seen) == given:
-            store.stop()
+            getattr(store, how)()
         seen.append(1)
         return see(*arguments)
 

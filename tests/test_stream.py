@@ -3,7 +3,7 @@
 import numpy as np
 import pyarrow as pa
 
-from scacam.pipeline.rows import tensors
+from scacam.pipeline.stages.rows import tensors
 
 
 def column_of(*arrays: np.ndarray) -> pa.ChunkedArray:

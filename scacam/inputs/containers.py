@@ -6,7 +6,7 @@ Their uri is `CONTAINER::MEMBER`, the member being its name in a tar; or in a ta
 To add a kind: write how it is listed, read and checked, give it a row in `KINDS`, and test it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 from scacam.inputs.contents import Contents
@@ -14,7 +14,19 @@ from scacam.inputs.image_tables import check_table, list_table, read_row
 from scacam.inputs.tar_shards import check_tar, list_tar, read_member
 from scacam.storage import read_bytes
 
-__all__ = ["CONTAINERS", "KINDS", "Kind", "list_container", "read_image"]
+__all__ = [
+    "CONTAINERS",
+    "KINDS",
+    "Kind",
+    "Place",
+    "list_container",
+    "read_image",
+    "read_together",
+    "together",
+]
+
+_AT_ONCE = 1 << 20
+_PASSED_OVER = 1 << 16
 
 
 class Kind(NamedTuple):
@@ -32,6 +44,14 @@ class Kind(NamedTuple):
     list: Callable[[str, int | None, str | None, str | None], Contents | None]
     read: Callable[[str, str, int | None, int | None], bytes]
     check: Callable[[str], None]
+
+
+class Place(NamedTuple):
+    """Where an image is: its uri, and what else `read_image` takes."""
+
+    uri: str
+    offset: int | None
+    size: int | None
 
 
 KINDS = (
@@ -87,6 +107,56 @@ def read_image(uri: str, offset: int | None = None, size: int | None = None) -> 
         kind.check(uri)
         raise OSError(f"{uri} is a container, no image; or its labels cannot be read")
     return read_bytes(uri)
+
+
+def together(places: Iterable[Place]) -> Iterator[list[Place]]:
+    """Images in their order, those that lie close behind one another in a tar as one group.
+
+    A group takes one request, of at most 1 MB unless it is one image: so a shard is read from its
+    beginning to its end, and what lies between its images with them.
+    """
+    group: list[Place] = []
+    for place in places:
+        if group and not _follows(group, place):
+            yield group
+            group = []
+        group.append(place)
+    if group:
+        yield group
+
+
+def read_together(group: Sequence[Place]) -> list[bytes]:
+    """The bytes of images that are one group of `together`.
+
+    Raises:
+        OSError, ValueError: as `read_image`.
+    """
+    ends = [_end(place) for place in group]
+    begin = group[0].offset
+    if len(group) == 1 or begin is None:
+        return [read_image(*place) for place in group]
+    content = read_bytes(_container(group[0]), begin, ends[-1] - begin)
+    return [
+        content[end - (place.size or 0) - begin : end - begin]
+        for place, end in zip(group, ends, strict=True)
+    ]
+
+
+def _follows(group: Sequence[Place], place: Place) -> bool:
+    first, last = group[0], group[-1]
+    if None in (*first, *last, *place) or _container(first) != _container(place):
+        return False
+    gap = (place.offset or 0) - _end(last)
+    return 0 <= gap <= _PASSED_OVER and _end(place) - (first.offset or 0) <= _AT_ONCE
+
+
+def _end(place: Place) -> int:
+    """Where an image ends in its tar."""
+    return (place.offset or 0) + (place.size or 0)
+
+
+def _container(place: Place) -> str:
+    return place.uri.rpartition("::")[0]
 
 
 def _kind_of(path: str) -> Kind | None:

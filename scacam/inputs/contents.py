@@ -24,7 +24,8 @@ IMAGES = pa.schema(
         ("name", pa.string()),
     ]
 )
-"""Images on their way into a manifest: a label is a class number or a name."""
+"""Images on their way into a manifest: a label is a class number or a name, or a number with the
+name that the data set itself gives it."""
 
 
 class Contents(NamedTuple):

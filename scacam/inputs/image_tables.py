@@ -1,5 +1,6 @@
 """Parquet tables that hold images: their images with labels, and the bytes in a row."""
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -60,8 +61,24 @@ def list_table(
     rows = pa.array(np.arange(count))
     uris = pc.binary_join_element_wise(prefix, rows.cast(pa.string()), "")
     images = images_of(uris, pa.nulls(count, pa.int64()), rows, labels, container)
+    if label and (names := _class_names(schema, label)):
+        known = pc.if_else(pc.less(images["label"], len(names)), images["label"], None)
+        named = pa.array(names, pa.string()).take(known.combine_chunks())
+        place = images.schema.get_field_index("name")
+        images = images.set_column(place, "name", pc.coalesce(named, images["name"]))
     others = [] if label else [name for name in schema.names if "label" in name.lower()]
     return Contents(images, Counter(), others)
+
+
+def _class_names(schema: pa.Schema, column: str) -> list[str] | None:
+    """What the classes of a column are called, if Hugging Face's `datasets` wrote it, by number."""
+    try:
+        told = json.loads((schema.metadata or {})[b"huggingface"])
+        names = told["info"]["features"][column]["names"]
+        is_list = all(isinstance(name, str) for name in names)
+    except (KeyError, TypeError, ValueError):
+        return None
+    return names if is_list and len(set(names)) == len(names) else None
 
 
 def _image_column(schema: pa.Schema, named: str | None = None) -> str | None:

@@ -93,16 +93,26 @@ def imagenet_names() -> Sequence[str]:
 
 
 def class_ids(
-    names: Iterable[str], categories: Sequence[str] | None, network: str
+    names: Mapping[str, int | None], categories: Sequence[str] | None, network: str
 ) -> Mapping[str, int]:
     """The class that each name means among the class names of a network.
 
     A name is a category as it is, or apart from case and `_`, or one of its synonyms that commas
-    divide; where the categories are ImageNet's, also a WordNet id.
+    divide; where the categories are ImageNet's, also a WordNet id. The numbers that a data set
+    gives its names are taken where the network has no names, or where most of the names mean
+    the classes of these numbers, and none means only others.
+
+    Args:
+        names: with the number that the data set gives each, or None.
+        categories: the class names of the network.
+        network: its name.
 
     Raises:
         RunError: the network has no class names, or names mean none of its classes, or several.
     """
+    numbers = {name: number for name, number in names.items() if number is not None}
+    if categories is None and len(numbers) == len(names):
+        return numbers
     if categories is None:
         raise RunError(
             f"labels are names, and {network} has no class names: give them by --categories"
@@ -110,6 +120,10 @@ def class_ids(
     levels = [_index(level) for level in _levels(categories)]
     found = {name: _meant(name, levels) for name in names}
     wrong = sorted(name for name, meant in found.items() if len(meant) != 1)
+    own = sum(found[name] == {number} for name, number in numbers.items())
+    fitting = sum(not found[name] or number in found[name] for name, number in numbers.items())
+    if wrong and fitting == len(names) and own > _MOST * len(names):
+        return numbers
     if wrong:
         told = [
             f"{name} ({' or '.join(map(str, sorted(found[name]))) or 'none'})" for name in wrong

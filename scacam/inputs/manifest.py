@@ -25,6 +25,7 @@ from scacam.storage import absolute, locate, read_ahead
 from scacam.tables import MANIFEST
 
 __all__ = [
+    "Ahead",
     "Manifest",
     "absolute_uris",
     "new_files",
@@ -38,6 +39,10 @@ logger = logging.getLogger("scacam")
 _FEW_IMAGES = 10_000
 _TOLD_SUFFIXES = 5
 
+_Listed = Callable[[str], Contents | None]
+Ahead = Callable[[_Listed, Iterable[str]], Iterator[Contents | None]]
+"""From how one container is listed, and many, to what they hold in their order: `read_ahead`."""
+
 _CONTAINER = "|".join(re.escape(suffix) for suffix in CONTAINERS)
 
 
@@ -48,7 +53,8 @@ class Manifest(NamedTuple):
         table: as `scacam.tables.MANIFEST`; an image's id is its row.
         ignored: how many files of the input are no images by their names, or tables without any,
             by suffix.
-        names: of labels that are names, these, row by row: `resolve_labels` makes them numbers.
+        names: of labels that are names, or that a data set gives names, these, row by row:
+            `resolve_labels` makes them a network's numbers.
     """
 
     table: pa.Table
@@ -65,6 +71,7 @@ def read_manifest(
     limit: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
+    ahead: Ahead = read_ahead,
 ) -> Manifest:
     """Find the images of an input.
 
@@ -77,6 +84,8 @@ def read_manifest(
         image_column: the column of tables that holds the images; left out, the one that does.
         label_column: the column, or in `.json` of tar shards the key, that holds the labels; left
             out, `label`.
+        ahead: how containers are listed beside one another, each read to its end or, of a table,
+            as far as its labels need; `pipeline.tasks` has a way by Ray.
 
     Raises:
         RunError: there is no such input, it holds no images, or the manifest is wrong in itself.
@@ -86,7 +95,7 @@ def read_manifest(
     try:
         listing = _listing(source)
         if listing is not None:
-            images, ignored = _from_folder(listing, listed, limit)
+            images, ignored = _from_folder(listing, listed, limit, ahead)
         else:
             images = _from_file(source, listed, label_column)
         images = images.slice(0, limit)
@@ -116,8 +125,11 @@ def resolve_labels(manifest: Manifest, categories: Mapping[str, Sequence[str] | 
     """
     if manifest.names is None:
         return manifest
-    names = manifest.names.unique().drop_null().to_pylist()
-    found = {network: class_ids(names, known, network) for network, known in categories.items()}
+    table = manifest.table
+    pairs = pa.table({"name": manifest.names, "number": table["label"]})
+    pairs = pairs.filter(pc.field("name").is_valid()).group_by(["name", "number"]).aggregate([])
+    told = dict(zip(pairs["name"].to_pylist(), pairs["number"].to_pylist(), strict=True))
+    found = {network: class_ids(told, known, network) for network, known in categories.items()}
     (first, numbers), *others = found.items()
     for network, theirs in others:
         if theirs != numbers:
@@ -125,11 +137,10 @@ def resolve_labels(manifest: Manifest, categories: Mapping[str, Sequence[str] | 
                 f"labels are names, and {first} and {network} number their classes differently: "
                 "explain them in runs of their own"
             )
-    classes = pa.array([numbers[name] for name in names], pa.int32())
-    resolved = classes.take(pc.index_in(manifest.names, pa.array(names)).combine_chunks())
-    table = manifest.table
+    classes = pa.array([numbers[name] for name in told], pa.int32())
+    resolved = classes.take(pc.index_in(manifest.names, pa.array(told)).combine_chunks())
     place = table.schema.get_field_index("label")
-    labels = pc.coalesce(table["label"], resolved)
+    labels = pc.coalesce(pa.chunked_array([resolved]), table["label"])
     return manifest._replace(table=table.set_column(place, "label", labels), names=None)
 
 
@@ -204,15 +215,16 @@ def _kind(file: File) -> str:
 
 
 def _from_folder(
-    listing: Listing, listed: Callable[[str], Contents | None], limit: int | None
+    listing: Listing, listed: _Listed, limit: int | None, ahead: Ahead
 ) -> tuple[pa.Table, Counter[str]]:
     """Images and the members of containers, in the order of the files."""
     ignored = Counter(suffix_of(file.uri) for file in listing.files if _kind(file) == "other")
     ignored += Counter({UNDECODABLE: listing.undecodable})
     others: dict[str, str] = {}
     parts, count = [IMAGES.empty_table()], 0
-    few = limit is not None and limit <= _FEW_IMAGES
-    for contents in _contents(listing, listed, few):
+    if limit is not None and limit <= _FEW_IMAGES:
+        ahead = map  # of few images no container ahead of use
+    for contents in _contents(listing, listed, ahead):
         parts.append(contents.images)
         ignored += contents.left_out
         others |= dict.fromkeys(contents.other_columns, "")
@@ -225,13 +237,11 @@ def _from_folder(
     return images, ignored
 
 
-def _contents(
-    listing: Listing, listed: Callable[[str], Contents | None], few: bool
-) -> Iterator[Contents]:
-    """Of each run of images and of each container; of few images no container ahead of use."""
+def _contents(listing: Listing, listed: _Listed, ahead: Ahead) -> Iterator[Contents]:
+    """Of each run of images and of each container."""
     files = [file for file in listing.files if _kind(file) != "other"]
     containers = [file.uri for file in files if _kind(file) == "container"]
-    opened = map(listed, containers) if few else read_ahead(listed, containers)
+    opened = ahead(listed, containers) if containers else iter(())
     for kind, run in groupby(files, key=_kind):
         if kind == "image":
             yield Contents(_plain_images(list(run)), Counter())
@@ -246,9 +256,7 @@ def _plain_images(files: Sequence[File]) -> pa.Table:
     return pa.table([pa.array(uris), pa.array(sizes, pa.int64()), *nulls], schema=IMAGES)
 
 
-def _from_file(
-    source: str, listed: Callable[[str], Contents | None], label_column: str | None
-) -> pa.Table:
+def _from_file(source: str, listed: _Listed, label_column: str | None) -> pa.Table:
     name = source.lower()
     if not name.endswith(SHEETS + CONTAINERS):
         raise RunError(

@@ -17,7 +17,6 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from scacam.audit.caw import Weights, verdict
 from scacam.inputs.manifest import read_manifest
 from scacam.jobs.options import (
     add_input_options,
@@ -26,6 +25,7 @@ from scacam.jobs.options import (
     refuse_below_one,
     seconds_per_image,
 )
+from scacam.methods.caw import Weights, verdict
 from scacam.pipeline.cluster import (
     TASK_CPUS,
     allot,
@@ -34,10 +34,11 @@ from scacam.pipeline.cluster import (
     share,
     start_ray,
 )
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.explain import settle
 from scacam.pipeline.progress import shown, start_tally, taken_up
-from scacam.pipeline.rows import bytes_per_image, sampling_of, tensors
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.holder import settle
+from scacam.pipeline.stages.rows import bytes_per_image, sampling_of, tensors
+from scacam.pipeline.tasks import in_tasks
 from scacam.runs.lock import locked
 from scacam.storage import join
 from scacam.storage.parquet import write_table
@@ -114,7 +115,7 @@ def run(
         OSError: the results cannot be written.
     """
     refuse_below_one(batch_size=batch_size, limit=limit)
-    manifest = read_manifest(input, limit, image_column, label_column).table
+    manifest = read_manifest(input, limit, image_column, label_column, in_tasks).table
     loaded = load_networks(networks, target_layer, categories, output_kind, prompts=prompts)
     path = join(output, "metrics/caw.parquet")
     with locked(output):
@@ -130,7 +131,7 @@ def weigh(
 ) -> tuple[list[Weights], Counter[str]]:
     """Stream the images through the networks; returns their weights and the errors by kind."""
     costs = [seconds_per_image(network) for network in networks]
-    allotments = allot(costs, await_nodes(None))
+    allotments = allot(costs, await_nodes(None), len(manifest))
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()
@@ -163,6 +164,8 @@ def weigh(
     with shown(tally, len(manifest)):
         block: pa.Table
         for block in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
+            if not len(block):
+                continue
             errors.update(block["error"].drop_null().to_pylist())
             for of_network in weights:
                 ids = block[f"class {of_network.network}"].to_numpy()
@@ -215,6 +218,8 @@ class Observe:
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Observe one block, some images at a time."""
+        if not len(batch):
+            return batch
         with taken_up(self.tally, f"observe {self.network.name}", batch):
             rows = np.flatnonzero(batch["error"].is_null().to_numpy())
             samples = tensors(batch[f"pixels {self.sampling}"])

@@ -16,10 +16,10 @@ from scacam.errors import RunError
 from scacam.inputs.containers import read_image
 from scacam.networks import Network
 from scacam.pipeline.cluster import keep_freed_memory
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.explain import Explain
-from scacam.pipeline.localize import Localize
-from scacam.tables import explanations_folder, unfolded
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.explain import Explain
+from scacam.pipeline.stages.localize import Localize
+from scacam.tables import SHARDED, unfolded
 
 __all__ = ["Estimate", "estimate", "timed"]
 
@@ -129,24 +129,21 @@ def estimate(
     batch = manifest.take(rows)
     feeding: dict[str, float] = {}
     explaining: dict[str, float] = {}
-    map_shapes: dict[str, tuple[int, int]] = {}
-    folders: list[str] = []
 
     batch, feeding["decode"] = timed(decode, batch)
     for network, arguments in zip(networks, explain, strict=True):
         stage = Explain(**arguments)
         stage(batch)  # the first pass pays for allocations
         batch, explaining[network.name] = timed(stage, batch)
-        for layer in stage.explainer.layers:
-            map_shapes[explanations_folder(network.name, layer)] = network.map_shape(layer)
-        folders += stage.columns
     batch, feeding["localize"] = timed(localize, batch)
     good = batch.filter(pc.is_null(batch["error"]))
     if not len(good):
         first = f"{batch['uri'][0]}: {batch['message'][0]}"
         raise RunError(f"none of {len(batch)} sampled images can be explained; the first, {first}")
     share = len(good) / len(batch)
-    output = sum(_stored(unfolded(good, folder, map_shapes)) for folder in folders) / len(batch)
+    folders = [name for name in good.column_names if name.partition("/")[0] in SHARDED]
+    shards = (unfolded(good, folder, localize.map_shapes) for folder in folders)
+    output = sum(map(_stored, shards)) / len(batch)
     return Estimate(
         images=len(manifest),
         failed=1 - share,
@@ -176,7 +173,8 @@ def _stored(rows: pa.Table) -> int:
 def _input_bytes(manifest: pa.Table, sample: pa.Table) -> float:
     if not manifest["size"].null_count:
         return pc.sum(manifest["size"]).as_py()
-    sizes = [len(read_image(uri)) for uri in sample["uri"].to_pylist()]
+    rows = sample.select(["uri", "offset", "size"]).to_pylist()
+    sizes = [row["size"] or len(read_image(row["uri"], row["offset"])) for row in rows]
     return len(manifest) * sum(sizes) / len(sizes)
 
 

@@ -8,7 +8,7 @@ Looks at the stored heatmaps alone: needs no network and no images. Writes OUT/m
 import argparse
 import logging
 import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -28,11 +28,12 @@ from scacam.evaluation.intervals import (
 )
 from scacam.evaluation.measures import BASELINES
 from scacam.evaluation.metrics import TOP1, State, names_of
-from scacam.evaluation.shards import CountHits, MeasureMasks, Part, ScoreImages
+from scacam.evaluation.shards import CountHits, MeasureMasks, ScoreImages
 from scacam.evaluation.tables import CURVES, DIFFERENCES, LOCALIZATION, placed
 from scacam.evaluation.truth import MaskFiles, TrueBoxes, read_boxes, read_masks
 from scacam.evaluation.words import told
 from scacam.pipeline.cluster import start_ray
+from scacam.pipeline.tasks import in_tasks
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
 from scacam.storage import delete, join, locate
@@ -41,7 +42,6 @@ from scacam.storage.parquet import read_columns, write_table
 logger = logging.getLogger("scacam")
 
 _PROGRESS_S = 15.0
-_AHEAD = 2
 _TABLES = {"localization": LOCALIZATION, "differences": DIFFERENCES, "localization_curves": CURVES}
 _BOXES = "metrics/localization_boxes.parquet"
 _IMAGES = "metrics/localization_images"
@@ -220,23 +220,6 @@ class Work(NamedTuple):
                 yield part.state
 
         return counts, State.merge(states(), groups)
-
-
-def in_tasks(measure: Callable[[str], Part], shards: Sequence[str]) -> Iterator[Part]:
-    """What each shard comes to, in their order; no more are on the way than keep all CPUs busy."""
-    shared = ray.put(measure)
-    under_way: deque[ray.ObjectRef] = deque()
-    for shard in shards:
-        if len(under_way) >= _AHEAD * ray.cluster_resources().get("CPU", 1):
-            yield ray.get(under_way.popleft())
-        under_way.append(_measured.remote(shared, shard))
-    while under_way:
-        yield ray.get(under_way.popleft())
-
-
-@ray.remote
-def _measured(measure: Callable[[str], Part], shard: str) -> Part:
-    return measure(shard)
 
 
 def evaluate_boxes(work: Work, network: str, result: Result) -> None:

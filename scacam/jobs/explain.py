@@ -36,6 +36,7 @@ from scacam.methods import DEFAULT_METHODS, METHODS
 from scacam.networks import Network
 from scacam.pipeline.cluster import allot, await_nodes, ray_starting, start_ray
 from scacam.pipeline.stream import explain, speed, stages
+from scacam.pipeline.tasks import in_tasks
 from scacam.runs import lifecycle
 from scacam.runs.describe import class_weights, describe_network, describe_run
 from scacam.runs.lifecycle import begin, complete, refuse_output
@@ -210,7 +211,7 @@ def run(
     if not dry_run:
         refuse_output(output)
     manifest = lifecycle.listed_before(output, asked(options)) or read_manifest(
-        input, limit, image_column, label_column
+        input, limit, image_column, label_column, in_tasks
     )
     wait_for_ray = start_ray if dry_run else ray_starting()
     loaded = load_networks(networks, target_layer, categories, output_kind, finer_layer, prompts)
@@ -243,7 +244,7 @@ def explain_all(
         write_table(*class_weights(options.output, network))
     gpus = await_nodes(options.gpus)
     costs = [seconds_per_image(network) for network in networks]
-    allotments = allot(costs, gpus)
+    allotments = allot(costs, gpus, record["images"])
     counts = explain(options, record, networks, costs, allotments)
     proof = prove(options.output, record["networks"], images, record["embeddings"])
     seconds = time.monotonic() - started

@@ -12,10 +12,11 @@ import ray.data
 from scacam.images import ViewName
 from scacam.pipeline.checkpoint import Checkpoint, checkpoint, images_of
 from scacam.pipeline.cluster import TASK_CPUS, Allotment, rows_per_shard, share
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.explain import Holder
 from scacam.pipeline.progress import Counts, Held, start_tally, taken_up
-from scacam.pipeline.rows import (
+from scacam.pipeline.sink import ShardSink
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.holder import Holder
+from scacam.pipeline.stages.rows import (
     Failure,
     bytes_per_image,
     list_column,
@@ -23,7 +24,6 @@ from scacam.pipeline.rows import (
     set_failures,
     tensors,
 )
-from scacam.pipeline.sink import ShardSink
 from scacam.pipeline.stream import prepare, write
 from scacam.runs.results import Claimant, open_run
 from scacam.storage import join

@@ -20,14 +20,14 @@ from scacam.pipeline.cluster import (
     rows_per_shard,
     share,
 )
-from scacam.pipeline.decode import Decode
-from scacam.pipeline.explain import Explain
-from scacam.pipeline.localize import Localize
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
-from scacam.pipeline.rows import bytes_per_image, sampling_of
 from scacam.pipeline.sink import ShardSink
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.explain import Explain
+from scacam.pipeline.stages.localize import Localize, Speaker
+from scacam.pipeline.stages.rows import bytes_per_image, sampling_of
 from scacam.storage import OUT_OF_REACH, absolute
-from scacam.tables import embeddings_folder, explanations_folder, predictions_folder
+from scacam.tables import embeddings_folder, predictions_folder
 
 if TYPE_CHECKING:
     from scacam.networks import Network
@@ -47,7 +47,6 @@ def stages(
         {
             "methods": options.methods,
             "top_k": options.top_k,
-            "min_probability": options.min_probability,
             "explain_label": options.explain_label,
             "embeddings": options.embeddings,
             "sampling": sampling,
@@ -59,33 +58,24 @@ def stages(
         }
         for index, sampling in enumerate(uses)
     ]
-    localize = Localize(
-        {
-            explanations_folder(network.name, layer): network.preprocessing.crop_size
-            for network in networks
-            for layer in network.methods_by_layer(options.methods)
-        },
-        rectified=[name for name, method in METHODS.items() if method.relu],
-        tally=tally,
-    )
+    speakers = [
+        Speaker(
+            network.name,
+            [network.class_name(class_id) for class_id in range(network.num_classes)],
+            min(options.top_k, network.num_classes),
+            sampling,
+            network.preprocessing.crop_size,
+            {
+                layer: (methods, network.map_shape(layer))
+                for layer, methods in network.methods_by_layer(options.methods).items()
+            },
+        )
+        for network, sampling in zip(networks, uses, strict=True)
+    ]
+    rectified = [name for name, method in METHODS.items() if method.relu]
+    kept = options.explain_label, options.min_probability or 0.0
+    localize = Localize(speakers, rectified, *kept, tally)
     return Decode(samplings, options.view, tally), pools, localize
-
-
-def _map_shapes(
-    options: SimpleNamespace, networks: Sequence["Network"]
-) -> dict[str, tuple[int, int]]:
-    """Height and width of the heatmaps, by the folder of explanations."""
-    return {
-        explanations_folder(network.name, layer): network.map_shape(layer)
-        for network in networks
-        for layer in network.methods_by_layer(options.methods)
-    }
-
-
-def _further(options: SimpleNamespace, networks: Sequence["Network"]) -> list[str]:
-    """The folders of what is stored beside explanations."""
-    kinds = (predictions_folder, *((embeddings_folder,) if options.embeddings else ()))
-    return [folder(network.name) for network in networks for folder in kinds]
 
 
 def prepare(checkpoint: CheckpointConfig) -> None:
@@ -135,13 +125,14 @@ def explain(
     stream = stream.map_batches(
         localize, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
     )
+    further = [predictions_folder, *([embeddings_folder] if options.embeddings else [])]
     sink = ShardSink(
         output,
-        _map_shapes(options, networks),
+        localize.map_shapes,
         tally,
         options.max_error_rate,
         record.get("explained", 0),  # by a complete run, whose errors are tried again
-        _further(options, networks),
+        [folder(network.name) for network in networks for folder in further],
     )
     return write(stream, sink, tally, record["images"])
 

@@ -5,7 +5,7 @@ import json
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import pyarrow as pa
@@ -26,7 +26,7 @@ _DIGESTED_ROWS = 1 << 20
 
 def describe_run(manifest: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
     """What `run.json` says of the images, the methods and the software."""
-    found = {name: version(name) for name in _PACKAGES}
+    found = {name: _version(name) for name in _PACKAGES}
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": {"scacam": __version__, "python": platform.python_version(), **found},
@@ -37,6 +37,14 @@ def describe_run(manifest: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
         },
         "box_threshold": BOX_THRESHOLD,
     }
+
+
+def _version(package: str) -> str | None:
+    """Of a package as it was installed; None where another stands in for it, as conda's OpenCV."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def describe_network(network: Network, methods: Sequence[str]) -> dict[str, Any]:

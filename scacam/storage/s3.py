@@ -26,6 +26,7 @@ __all__ = ["Bucket", "open_bucket"]
 
 _CREDENTIALS_LIVE = timedelta(minutes=5)
 _FEW_RETRIES: Any = {"max_retries": 2, "retry_timeout": timedelta(seconds=10)}
+_READ_WITHIN = timedelta(seconds=30)
 _ANSWERED_S = 45.0
 _SLOWEST = 1e6
 _STREAM_BUFFER = 1 << 20
@@ -104,7 +105,7 @@ class Bucket(Store):
             bucket,
             region=region,
             endpoint=endpoint,
-            client_options={"allow_http": True},
+            client_options={"allow_http": True, "timeout": _READ_WITHIN},
             retry_config=_FEW_RETRIES,
             credential_provider=_renewed(credentials) if credentials else None,
             skip_signature=credentials is None,

@@ -1,9 +1,10 @@
 """What the stages of the explain job pass on: one row per image, all the way.
 
 A stage takes a table and returns it with more columns. What goes wrong with an image is written
-into its row (`stage`, `error`, `message`), and the later stages pass it by. What a network says
-lies in columns that are called as the folders in which it will be stored (`scacam.tables`): for
-each image a list of structs as in `EXPLANATION` or `PREDICTION`, or its embedding.
+into its row (`stage`, `error`, `message`), and the later stages pass it by. What a network says of
+an image are lists of numbers, in the columns of `said`, none of an image that has failed. The stage
+after the networks turns them into lists of structs as in `EXPLANATION` or `PREDICTION`, in columns
+that are called as the folders in which these will be stored (`scacam.tables`).
 """
 
 import math
@@ -15,18 +16,27 @@ import numpy as np
 import pyarrow as pa
 
 from scacam.images import Preprocessing
-from scacam.tables import EXPLANATION
 
 __all__ = [
+    "SAID",
     "Failure",
     "bytes_per_image",
     "list_column",
+    "said",
     "sampling_of",
     "set_failures",
     "tensors",
 ]
 
-_EXPLANATION = pa.struct(EXPLANATION)
+SAID = {
+    "class_id": pa.int32(),
+    "probability": pa.float32(),
+    "logit": pa.float32(),
+    "channel_ids": pa.int16(),
+    "channel_contributions": pa.float16(),
+    "channel_cells": pa.int16(),
+}
+"""What a network says of the K classes of an image beside its maps: `[K]`, of channels `[K, M]`."""
 
 
 class Failure(NamedTuple):
@@ -46,6 +56,14 @@ def sampling_of(preprocessing: Preprocessing) -> Preprocessing:
 def bytes_per_image(samplings: Iterable[Preprocessing]) -> int:
     """Of its pixels in all these samplings, which is nearly all that a row has."""
     return sum(math.prod(one.crop_size) * one.channels for one in samplings)
+
+
+def said(network: str, what: str) -> str:
+    """The column of what a network says: a key of `SAID`, or a layer for its maps.
+
+    Those are float32 `[K, methods, h, w]`, raw.
+    """
+    return f"{network} says {what}"
 
 
 def set_failures(batch: pa.Table, failures: dict[int, Failure]) -> pa.Table:
@@ -68,10 +86,8 @@ def tensors(column: pa.ChunkedArray) -> np.ndarray:
     return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
 
-def list_column(
-    parts: list[pa.Array], lengths: np.ndarray, kind: pa.DataType = _EXPLANATION
-) -> pa.ListArray:
-    """Values of one type, in row order, as one list per row, given how many each row has."""
+def list_column(parts: list[pa.Array], lengths: np.ndarray, kind: pa.DataType) -> pa.ListArray:
+    """Values of a type, in row order, as one list per row, given how many each row has."""
     offsets = pa.array(np.concatenate([[0], lengths.cumsum()]), pa.int32())
     values = pa.concat_arrays(parts) if parts else pa.array([], kind)
     return pa.ListArray.from_arrays(offsets, values)

@@ -6,6 +6,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import chain
 from multiprocessing import get_context
 from typing import Any
 
@@ -14,9 +15,9 @@ import pyarrow as pa
 
 from scacam.errors import ImageError, RunError
 from scacam.images import Preprocessing, ViewName, see
-from scacam.inputs.containers import read_image
+from scacam.inputs.containers import Place, read_together, together
 from scacam.pipeline.progress import taken_up
-from scacam.pipeline.rows import Failure, set_failures
+from scacam.pipeline.stages.rows import Failure, set_failures
 from scacam.storage import PATIENCE_S, is_transient, read_ahead, read_bytes
 
 __all__ = ["Decode"]
@@ -51,9 +52,10 @@ class Decode:
         ]
         failures: dict[int, Failure] = {}
         reader = _Reader()
-        where = zip(*(batch[name].to_pylist() for name in ("uri", "offset", "size")), strict=True)
+        columns = [batch[name].to_pylist() for name in Place._fields]
+        groups = together(map(Place, *columns))
         with place() as run:
-            for row, content in enumerate(read_ahead(lambda one: reader.read(*one), where)):
+            for row, content in enumerate(chain.from_iterable(read_ahead(reader.read, groups))):
                 if isinstance(content, ImageError):
                     failures[row] = Failure("read", content.kind, str(content))
                     continue
@@ -66,12 +68,12 @@ class Decode:
                     failures[row] = Failure("decode", error.kind, str(error))
                 except Exception as error:  # whatever it is, the other images have no part in it
                     failures[row] = Failure("decode", "failed", f"{type(error).__name__}: {error}")
-        columns: dict[str, Any] = {name: batch[name] for name in batch.column_names}
-        columns |= {"width": sizes[:, 0], "height": sizes[:, 1]}
+        found: dict[str, Any] = {name: batch[name] for name in batch.column_names}
+        found |= {"width": sizes[:, 0], "height": sizes[:, 1]}
         for index, (view, sample) in enumerate(zip(views, samples, strict=True)):
-            columns[f"view {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(view)
-            columns[f"pixels {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(sample)
-        return set_failures(pa.table(columns), failures)
+            found[f"view {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(view)
+            found[f"pixels {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(sample)
+        return set_failures(pa.table(found), failures)
 
 
 @contextmanager
@@ -109,8 +111,17 @@ class _Reader:
         self.given: str | None = None
         """The uri of an image of the block that could be read."""
 
-    def read(self, uri: str, offset: int | None, size: int | None) -> bytes | ImageError:
-        """The bytes of an image, or why they cannot be had.
+    def read(self, group: Sequence[Place]) -> Sequence[bytes | ImageError]:
+        """The bytes of images that are one group of `together`, or why they cannot be had."""
+        found = self._read(group)
+        if not isinstance(found, ImageError):
+            return found
+        if len(group) == 1:
+            return [found]
+        return [content for place in group for content in self.read([place])]
+
+    def _read(self, group: Sequence[Place]) -> list[bytes] | ImageError:
+        """The same, as far as all can be had.
 
         Raises:
             RunError: the store is out of reach: for `PATIENCE_S` it gave nothing, and it no longer
@@ -119,7 +130,7 @@ class _Reader:
         wait = 0.5
         while True:
             try:
-                content = read_image(uri, offset, size)
+                content = read_together(group)
             except FileNotFoundError:
                 return ImageError("missing", "there is no such file")
             except PermissionError as error:
@@ -139,7 +150,7 @@ class _Reader:
                 wait = min(2 * wait, 10.0)
             else:
                 self.deadline = None
-                self.given = uri
+                self.given = group[0].uri
                 return content
 
     def _is_out(self) -> bool:

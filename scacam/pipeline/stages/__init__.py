@@ -1,0 +1,1 @@
+"""What the jobs do with a block of images, one module per stage."""
