@@ -76,7 +76,7 @@ def lines(
                 y,
                 label=name,
                 color=colour,
-                linestyle=_DASHES[index % len(_DASHES)],
+                linestyle=_DASHES[(index + index // 12) % len(_DASHES)],  # 24 pairs with colours
                 linewidth=1.8,
                 clip_on=False,
             )
