@@ -72,9 +72,8 @@ def score_map(heatmap: np.ndarray) -> np.ndarray:
     if heatmap.min() == heatmap.max():  # resized, it might differ from itself in the last digit
         return np.zeros((GRID, GRID))
     score = cv2.resize(heatmap.astype(np.float64), (GRID, GRID), interpolation=cv2.INTER_CUBIC)
-    score -= score.min()
-    score /= score.max()
-    return score
+    score = score - score.min()
+    return score / score.max()
 
 
 def quantise(score: np.ndarray) -> np.ndarray:
