@@ -4,20 +4,22 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from scacam.errors import ScacamError
-from scacam.methods import METHODS, gap_cam, grad_cam
+from scacam.methods import DEFAULT_METHODS, METHODS, gap_cam, grad_cam
+from scacam.methods.attention import Attention
 from scacam.methods.channels import Channels, top_channels
 from scacam.methods.gradients import Gradients
 from scacam.methods.linear_head import LinearHead
 from scacam.networks import Network
-from scacam.networks.block import pruned
+from scacam.networks.block import attending, pruned
 from scacam.networks.head import differentiable, differentiate
 from scacam.networks.target import TargetLayer, capture
+from scacam.networks.tokens import kept
 
 __all__ = ["Explainer", "Explanation", "Observation", "observe"]
 
@@ -35,6 +37,7 @@ class Observation(NamedTuple):
         class_weights: `[B, K, C]`, or None where the network has none.
         linear_head: what methods may ask of a head with class weights, if that was wanted.
         finer_features: `[B, C, H, W]` of the finer layer, if they were wanted.
+        attention: of the tokens of a transformer, if it was wanted.
         earlier: by name, what the layers show that run before the target layer.
     """
 
@@ -45,6 +48,7 @@ class Observation(NamedTuple):
     class_weights: Tensor | None
     linear_head: LinearHead | None
     finer_features: Tensor | None
+    attention: Attention | None
     earlier: "dict[str, Observation]"
 
 
@@ -56,6 +60,7 @@ def observe(
     *,
     finer: bool = False,
     linear_head: bool = False,
+    attention: Literal["none", "last", "all"] = "none",
 ) -> Observation:
     """Run a network once and take what its layers show.
 
@@ -66,6 +71,7 @@ def observe(
         labels: int64 `[B]`, one more class of each image; left out, none.
         finer: whether to take the finer layer's features as well.
         linear_head: whether to take what methods may ask of a head with class weights.
+        attention: of which blocks of a transformer that classifies a token to take it.
 
     Raises:
         ScacamError: the module is in training mode, where batch statistics would mix images; or
@@ -87,7 +93,8 @@ def observe(
     with torch.inference_mode(False), torch.no_grad():
         with (
             differentiable(network.module) if general else nullcontext(),
-            pruned(network.module, network.head.block),
+            attending(attention == "all") as blocks,
+            pruned(network.module, network.head.block) as attended,
             capture(network.module, images.shape[2:], wanted, general) as captured,
         ):
             logits = network.logits(images)
@@ -96,10 +103,13 @@ def observe(
             if labels is not None:
                 class_ids = torch.cat([class_ids, labels[:, None]], dim=1)
             by_autograd: dict[TargetLayer, Tensor] = {}
+            to_attention: list[Tensor] = []
             if general:
                 leaves = [captured.of(layer) for layer in general]
-                gradients = differentiate(logits, leaves, class_ids)
-                by_autograd = dict(zip(general, gradients, strict=True))
+                asked_of = attended if attention != "none" else []
+                gradients = differentiate(logits, [*leaves, *asked_of], class_ids)
+                by_autograd = dict(zip(general, gradients, strict=False))
+                to_attention = gradients[len(general) :]
             finer_features = None
             if finer_layer is not None:
                 finer_features = _widened(captured.of(finer_layer).detach())
@@ -127,11 +137,22 @@ def observe(
                         None if scores is None else _widened(captured.of(scores).detach()),
                     )
                 seen = Observation(
-                    logits.detach(), class_ids, features, slopes, chosen, asked, None, {}
+                    logits.detach(), class_ids, features, slopes, chosen, asked, None, None, {}
                 )
                 if layer != network.target_layer:
                     earlier[layer.name] = seen
-    return seen._replace(finer_features=finer_features, earlier=earlier)
+            shown = None
+            if to_attention:
+                count = to_attention[0].shape[-1]
+                image = kept(count, network.target_layer.others or ()).to(images.device)
+                of_last = _widened(attended[0].detach()).mean(1)
+                shown = Attention(
+                    [*map(_widened, blocks), of_last],
+                    _widened(to_attention[0]),
+                    image,
+                    (seen.features.shape[2], seen.features.shape[3]),
+                )
+    return seen._replace(finer_features=finer_features, attention=shown, earlier=earlier)
 
 
 def _full_precision(images: Tensor) -> torch.autocast:
@@ -179,11 +200,12 @@ class Explainer:
         top_k: int = 5,
         channels: int = 0,
     ) -> None:
-        """Choose the methods (by default all that the network supports) and the classes.
+        """Choose the methods (by default all that the network supports, but those that cost
+        much) and the classes.
 
         Args:
             network: the network to explain.
-            methods: names from `scacam.methods.METHODS`; left out, all.
+            methods: names from `scacam.methods.METHODS`; left out, `DEFAULT_METHODS`.
             top_k: how many of the most probable classes to explain, at most all.
             channels: how many of the channels that add most to a class to name, at most all.
         """
@@ -193,8 +215,8 @@ class Explainer:
         if top_k < 1:
             raise ScacamError(f"top_k is the number of classes to explain, not {top_k}")
         self.network = network
-        self.methods = tuple(name for name in methods or METHODS if network.supports(name))
-        self.layers = network.methods_by_layer(methods or tuple(METHODS))
+        self.methods = tuple(name for name in methods or DEFAULT_METHODS if network.supports(name))
+        self.layers = network.methods_by_layer(methods or DEFAULT_METHODS)
         self.top_k = min(top_k, network.num_classes)
         self.channels = channels
 
@@ -218,6 +240,11 @@ class Explainer:
             labels,
             finer=any(map(_is_finer, self.methods)),
             linear_head=any(METHODS[name].needs_head for name in self.methods),
+            attention=max(
+                (METHODS[name].needs_attention for name in self.methods),
+                key=("none", "last", "all").index,
+                default="none",
+            ),
         )
         with torch.no_grad(), _full_precision(images):
             heatmaps = {name: _maps(name, seen) for name in self.methods}
@@ -250,6 +277,8 @@ def _maps(method: str, seen: Observation) -> Tensor:
     function = METHODS[method].function
     if METHODS[method].needs_head:
         return function(seen.features, seen.linear_head)
+    if METHODS[method].needs_attention != "none":
+        return function(seen.attention)
     shown = seen.features, seen.gradients, seen.class_weights
     if not _is_finer(method):
         return function(*shown)

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from scacam.audit.caw import CAW
 from scacam.evaluation.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
 from scacam.localization import localize
 from scacam.methods import METHODS
+from scacam.methods.caw import CAW
 from scacam.runs.proof import prove
 from scacam.tables import (
     ERRORS,

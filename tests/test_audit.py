@@ -1,4 +1,5 @@
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from made_runs import Images, Said, write_run
 from torch import nn
 
 import scacam
+from scacam.audit.agreement import Agreement, Compare, pairs, sample
 from scacam.audit.attention import (
     BORDER_AREA,
     CORNER_AREA,
@@ -16,8 +18,8 @@ from scacam.audit.attention import (
     fixed_place,
     outside,
 )
-from scacam.audit.audit import Audit, audit
 from scacam.audit.maps import top_maps
+from scacam.audit.passes import Judge, Judged, Look, Opening, Seen, merged
 from scacam.evaluation.truth import TrueBoxes
 
 SIZE, MAPS = 48, 6
@@ -108,39 +110,31 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> tuple[scacam.Run, TrueB
     return run, TrueBoxes(np.arange(300), boxes)
 
 
-def _by_chance(labels: np.ndarray, listed: int, repeats: int = 1000) -> np.ndarray:
-    """How many marked images a random ranking has among the first."""
-    rng = np.random.default_rng(0)
-    return np.array([(rng.permutation(labels)[:listed] == MARKED).sum() for _ in range(repeats)])
+def _judged(run: scacam.Run, objects: TrueBoxes | None) -> tuple[Seen, Judged]:
+    """What the two passes come to, without Ray."""
+    seen = Look(Opening(run.path), lambda: objects)(run.image_ids)
+    learnt = {name: one.gathered.learn() for name, one in seen.items()}
+    found = merged([Judge(Opening(run.path), lambda: objects, lambda: learnt)(run.image_ids)])
+    return seen["tiny"], found["tiny"]
 
 
-@pytest.mark.parametrize("boxes_known", [False, True])
-def test_the_audit_ranks_images_with_a_planted_mark_first(
-    planted: tuple[scacam.Run, TrueBoxes], boxes_known: bool
+@pytest.mark.parametrize("kind", ["off_object", "corner", "fixed_place"])
+def test_the_planted_class_is_the_strongest(
+    planted: tuple[scacam.Run, TrueBoxes], kind: str
 ) -> None:
     run, objects = planted
-    found = audit(run, objects if boxes_known else None).networks["tiny"]
-    listed = [entry["label"] for entry in found.suspects]
-    chance = _by_chance(run.manifest["label"].to_numpy(), len(listed))
-    assert len(listed) == 24
-    assert chance.mean() < 8
-    assert listed.count(MARKED) > chance.max()
-    assert listed.count(MARKED) >= 22
-
-
-def test_the_audit_puts_the_planted_class_first_and_says_why(
-    planted: tuple[scacam.Run, TrueBoxes],
-) -> None:
-    run, objects = planted
-    first, *others = audit(run, objects).networks["tiny"].classes
-    assert first.class_name == "marked"
-    assert first.right > 0.9
-    assert {"fixed", "corner"} <= first.worries.keys()
-    assert first.fixed > 0.8
-    assert all(entry.fixed < 0.4 for entry in others)
-    assert all(entry.outside < first.outside for entry in others)
+    seen, found = _judged(run, objects)
+    strengths = found.tally.strengths(kind)
+    assert int(np.nanargmax(strengths.strength)) == MARKED
+    others = np.delete(strengths.strength, MARKED)
+    assert strengths.low[MARKED] > np.nanmax(others)
+    assert not strengths.stands_out.any()  # of so few classes nobody is accused
+    images, labelled, right, *_ = seen.answered
+    assert images.sum() == labelled.sum() == 300
+    assert right[MARKED] / labelled[MARKED] > 0.9
     # The mark lies in the lower left corner.
-    assert first.mean_map[MAPS // 2 :, : MAPS // 2].sum() > 0.5
+    mean = seen.gathered.totals[MARKED] / seen.gathered.mapped[MARKED]
+    assert mean[MAPS // 2 :, : MAPS // 2].sum() > 0.5
 
 
 def test_cells_of_the_border_and_of_the_corners_by_hand() -> None:
@@ -206,11 +200,23 @@ def _said(maps: np.ndarray, class_ids: list[int], **others: np.ndarray) -> Said:
     return Said(np.array(class_ids)[:, None], shares, heatmaps, NAMES)
 
 
-def _audit(folder: Path, networks: dict[str, Said], labels: list[int], **config: str) -> Audit:
-    images = Images(
-        [f"{i}" for i in range(len(labels))], [(64, 64)] * len(labels), np.array(labels)
-    )
-    return audit(scacam.open_run(write_run(folder, images, networks, shards=2, **config)))
+def _agreement(
+    folder: Path, networks: dict[str, Said]
+) -> tuple[dict[tuple[str, ...], dict[str, Any]], dict[str, dict[str, Any]]]:
+    """Of eight images in two parts: the rows of pairs by what is paired, and those of methods."""
+    count = len(next(iter(networks.values())).class_ids)
+    images = Images([f"{i}" for i in range(count)], [(64, 64)] * count, np.full(count, -1))
+    run = scacam.open_run(write_run(folder, images, networks, shards=2))
+    compare = Compare(Opening(run.path))
+    parts = [compare(ids) for ids in np.array_split(run.image_ids, 2)]
+    alike, lie = Agreement.merge(parts).tables(run)
+    assert len(alike) == len(pairs(run))
+    by_names = {}
+    for row in alike.to_pylist():
+        methods = row["network"] == row["other_network"]
+        names = ("method", "other_method") if methods else ("network", "other_network")
+        by_names[(row["network"],) * methods + tuple(row[name] for name in names)] = row
+    return by_names, {f"{row['network']} {row['method']}": row for row in lie.to_pylist()}
 
 
 def test_agreement_of_methods_and_of_networks(tmp_path: Path) -> None:
@@ -218,47 +224,46 @@ def test_agreement_of_methods_and_of_networks(tmp_path: Path) -> None:
     maps, others = rng.random((2, 8, 7, 7)).astype(np.float32)
     first = _said(maps, [0] * 8, grad_cam=maps**3, gap_cam=-maps)
     second = _said(np.concatenate([maps[:4], others[4:]]), [0] * 7 + [1])
-    found = _audit(tmp_path, {"one": first, "two": second}, [-1] * 8)
-    one = found.networks["one"]
-    expected = [[1, 1, -1], [1, 1, -1], [-1, -1, 1]]
-    np.testing.assert_allclose(one.correlation, expected, atol=5e-3)
-    assert one.iou[0, 0] == 1
-    assert 0 < one.iou[0, 1] < 1
-    assert np.isnan(one.iou[0, 2])  # a map without a positive value has no box
-    (pair,) = found.pairs
-    assert pair.networks == ("one", "two")
-    assert (pair.images, pair.same) == (8, 7 / 8)
-    assert sorted(entry["image_id"] for entry in pair.apart[:3]) == [4, 5, 6]
-    assert pair.apart[3]["moved"] == pytest.approx(0, abs=1e-6)
+    alike, lie = _agreement(tmp_path, {"one": first, "two": second})
+    same, against = alike["one", "sca_cam", "grad_cam"], alike["one", "sca_cam", "gap_cam"]
+    assert same["rank_correlation"] == pytest.approx(1, abs=5e-3)
+    assert 0 < same["box_iou"] < 1
+    assert against["rank_correlation"] == pytest.approx(-1, abs=5e-3)
+    assert against["box_iou"] is None  # a map without a positive value has no box
+    assert same["same"] is same["moved"] is None
+    assert sorted(against["furthest"]) == list(range(8))
+    pair = alike["one", "two"]
+    assert (pair["images"], pair["same"]) == (8, 7 / 8)
+    assert sorted(pair["furthest"][:3]) == [4, 5, 6]
+    assert len(pair["furthest"]) == 7  # of images with the same top class alone
+    pieces = [each / each.sum((1, 2), keepdims=True) for each in (maps[4:], others[4:])]
+    apart = np.abs(pieces[0] - pieces[1]).sum((1, 2)) / 2
+    assert 0.5 * np.mean(apart) < 2 * pair["moved"] < 1.5 * np.mean(apart)
+    shares = maps / maps.sum((1, 2), keepdims=True)
+    expected = (shares * border_cells(7, 7)).sum((1, 2)).mean()
+    assert lie["one sca_cam"]["border"] == pytest.approx(expected, abs=1e-3)
+    assert (lie["one gap_cam"]["images"], lie["one gap_cam"]["border"]) == (0, None)
 
 
-def test_only_right_predictions_can_be_right_for_the_wrong_reason(tmp_path: Path) -> None:
-    corner = np.zeros((7, 7, 7), dtype=np.float32)
-    corner[:, 0, 0] = 1
-    corner[3] = 0  # looks nowhere
-    found = _audit(tmp_path, {"net": _said(corner, [0, 1] * 3 + [0])}, [0, 0, -1, 0, 0, 1, 1])
-    network = found.networks["net"]
-    assert sorted(entry["image_id"] for entry in network.suspects) == [0, 2, 4, 5]
-    assert network.images == 7
-    assert [entry.class_name for entry in network.classes] == []
-    assert network.largest is not None
-    assert (network.largest.class_name, network.largest.images) == ("square", 4)
-    assert network.largest.right == pytest.approx(2 / 3)
-    assert network.largest.corner == pytest.approx(1)
-
-
-@pytest.mark.parametrize(
-    ("class_id", "classes", "same"), [(0, 4, 1.0), (1, 4, 0.0), (0, 5, float("nan"))]
-)
+@pytest.mark.parametrize(("class_id", "classes", "same"), [(0, 4, 1.0), (1, 4, 0.0), (0, 5, None)])
 def test_networks_agree_by_class_id_whatever_its_name(
-    tmp_path: Path, class_id: int, classes: int, same: float
+    tmp_path: Path, class_id: int, classes: int, same: float | None
 ) -> None:
     maps = np.random.default_rng(0).random((6, 7, 7)).astype(np.float32)
     first, second = _said(maps, [0] * 6), _said(maps, [class_id] * 6)
     second.class_names = [None] * classes
-    found = _audit(tmp_path, {"one": first, "two": second}, [-1] * 6)
-    (pair,) = found.pairs
-    assert pair.same == pytest.approx(same, nan_ok=True)
-    assert len(pair.apart) == (6 if same == 1 else 0)
-    names = [[entry.class_name for entry in found.networks[n].classes] for n in ("one", "two")]
-    assert names == [["square"], [f"class {class_id}"]]
+    alike, _ = _agreement(tmp_path, {"one": first, "two": second})
+    assert alike["one", "two"]["same"] == same
+    assert len(alike["one", "two"]["furthest"]) == (6 if same == 1 else 0)
+
+
+def test_a_sample_is_spread_evenly_and_small_runs_are_taken_whole() -> None:
+    ids = np.arange(1_000_003)
+    parts = sample(ids)
+    every = np.concatenate(parts)
+    assert len(parts) == 16
+    assert 4000 < len(np.unique(every)) == len(every) <= 4096
+    assert (every.min(), every.max()) == (0, len(ids) - 1)
+    assert all((np.diff(part) == 1).all() for part in parts)
+    np.testing.assert_array_equal(np.concatenate(sample(ids[:4000])), ids[:4000])
+    assert [part.tolist() for part in sample(ids[:3])] == [[0, 1, 2]]

@@ -11,10 +11,10 @@ from made_runs import Images, Said, write_run
 from scipy.special import expit
 
 import scacam
+from scacam.audit.kinds import FINDING_IMAGES, FINDINGS, KINDS, SUSPECTS
+from scacam.audit.passes import LISTED, Best
 from scacam.errors import RunError
 from scacam.evaluation.tables import TRUE_BOXES
-from scacam.findings.kinds import FINDING_IMAGES, FINDINGS, KINDS, SUSPECTS
-from scacam.findings.passes import LISTED, Best
 from scacam.jobs import audit
 from scacam.jobs import report as reporting
 from scacam.storage.parquet import write_table

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from scacam import load_network
-from scacam.audit.caw import CAW, Weights, relate, verdict
 from scacam.explainer import observe
 from scacam.jobs.command import run_job
+from scacam.methods.caw import CAW, Weights, relate, verdict
 from scacam.methods.gradients import averaged
 
 main = partial(run_job, "caw")

@@ -202,10 +202,18 @@ def test_the_slowest_pool_gets_the_next_worker(workers, costs, expected):
 )
 def test_actors_that_share_gpus_all_find_a_place(gpus, costs, actors, share):
     """All pools hold their actors at once: what Ray cannot place would wait for ever."""
-    allotments = allot(costs, gpus)
+    allotments = allot(costs, gpus, images=1000)
     assert [allotment.actors for allotment in allotments] == actors
     assert {allotment.num_gpus for allotment in allotments} == {share}
     assert sum(actors) <= gpus * int(1 / share)
+
+
+@pytest.mark.parametrize(
+    ("images", "actors"), [(20, [1, 1]), (500, [2, 1]), (1_000, [4, 2]), (10_000, [6, 2])]
+)
+def test_an_actor_that_would_have_little_to_do_is_not_started(monkeypatch, images, actors):
+    monkeypatch.setattr("scacam.pipeline.cluster.cores", lambda: 8)
+    assert [allotment.actors for allotment in allot([0.018, 0.006], 0, images)] == actors
 
 
 CORE, GPU = Allotment(1, 0.5, 0.0), Allotment(2, 0.5, 0.5)

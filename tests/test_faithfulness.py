@@ -18,7 +18,7 @@ from scacam.trials.case import Tried, between_0_and_1, normal
 from scacam.trials.faithfulness import Trials, faithfulness
 from scacam.trials.imputation import impute
 from scacam.trials.likeness import correlation, rank_correlation, ssim
-from scacam.trials.metrics import BASELINES, METRICS, chosen, insane, measured
+from scacam.trials.metrics import BASELINES, METRICS, chosen, insane, measured, verdict
 from scacam.trials.perturbation import blurred, edge_strength, perturbed, ranks, same, upsampled
 from scacam.trials.weights import drawn_anew, redrawn
 
@@ -276,6 +276,19 @@ def test_failed_sanity_checks():
         {"method": "constant_map", "metric": "random_head", "ci_low": 1.0},
     ]
     assert insane(rows) == {"blind": ["random_head", "random_network"]}
+    same = [
+        {"method": "good", "metric": "random_logit", "ci_low": 0.8},
+        {"method": "blind", "metric": "random_logit", "ci_low": 0.995},
+        {"method": "constant_map", "metric": "random_logit", "ci_low": 1.0},
+    ]
+    assert verdict([*rows, *same]) == [
+        "maps hardly change when the classifier's weights are random: blind",
+        "maps hardly change when the whole network is random: blind",
+        "maps are the same for every class: blind",
+    ]
+    assert verdict([row for row in rows if row["method"] == "good"]) == [
+        "the maps of all methods change when the classifier's weights are random"
+    ]
 
 
 @pytest.fixture(scope="module")

@@ -25,9 +25,10 @@ from PIL import Image
 
 import scacam
 from scacam import RunError
-from scacam.audit.audit import audit
+from scacam.audit.agreement import Agreement, Compare
 from scacam.audit.compare import compare_runs, pair_claimants
 from scacam.audit.maps import judge, top_maps
+from scacam.audit.passes import Opening, top_answers
 from scacam.images import decode, pixels, view_of
 from scacam.jobs import compare, evaluate, pictures, report
 from scacam.runs.proof import prove
@@ -251,16 +252,24 @@ def test_masks_are_measured_layer_by_layer(run: scacam.Run, tmp_path: Path) -> N
 
 def test_the_audit_is_judged_by_evidence_of_the_target_layer(run: scacam.Run) -> None:
     assert judge(run, "one").name == "sca_cam (features)"
-    found = audit(run)
-    names = ["sca_cam (features)", "grad_cam", "sca_cam (_fine.0)", "extent_cam"]
-    assert found.networks["one"].methods == names
-    assert found.networks["one"].largest.mean_map.shape == (4, 4)  # type: ignore[union-attr]
-    correlation = found.networks["one"].correlation
-    assert correlation[2, 3] == pytest.approx(1)
-    assert 0.7 < correlation[1, 2] < 1  # the same place, on grids of two sizes
-    assert correlation[0, 1] < 0
-    (pair,) = found.pairs
-    assert (pair.method, pair.images, pair.moved) == ("sca_cam", 6, 0)
+    (answers, *_) = top_answers(run, run.image_ids, None)["one"]
+    assert answers.shares.shape[1:] == (4, 4)
+    alike, lie = Agreement.merge([Compare(Opening(run.path))(run.image_ids)]).tables(run)
+    names = {("sca_cam", "features"), ("grad_cam", "features"), ("sca_cam", "_fine.0")}
+    own = [row for row in lie.to_pylist() if row["network"] == "one"]
+    assert {(row["method"], row["layer"]) for row in own} == names | {("extent_cam", "_fine.0")}
+    found = {
+        (row["method"], row["layer"], row["other_method"], row["other_layer"]): row
+        for row in alike.to_pylist()
+        if row["network"] == row["other_network"] == "one"
+    }
+    correlation = {pair: row["rank_correlation"] for pair, row in found.items()}
+    assert correlation["sca_cam", "_fine.0", "extent_cam", "_fine.0"] == pytest.approx(1)
+    # The same place, on grids of two sizes.
+    assert 0.7 < correlation["grad_cam", "features", "sca_cam", "_fine.0"] < 1
+    assert correlation["sca_cam", "features", "grad_cam", "features"] < 0
+    (pair,) = (row for row in alike.to_pylist() if row["network"] != row["other_network"])
+    assert (pair["method"], pair["images"], pair["moved"]) == ("sca_cam", 6, 0)
 
 
 def test_runs_are_compared_layer_by_layer(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from scacam.methods.gradients import MaskedGradients
 WEIGHTINGS = [
     name
     for name, method in METHODS.items()
-    if not method.needs_finer_layer and not method.needs_head
+    if not method.needs_finer_layer and not method.needs_head and method.needs_attention == "none"
 ]
 """Those that weigh features; the others have files of their own."""
 

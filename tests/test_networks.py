@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from scacam import Explainer, Network, NetworkError, Preprocessing, ScacamError, load_network
 from scacam.images import see
 from scacam.jobs.options import add_network_options, load_networks
-from scacam.methods import METHODS
+from scacam.methods import DEFAULT_METHODS, METHODS
 from scacam.networks.target import TargetLayer
 from scacam.runs.describe import describe_network
 from scacam.runs.record import differences
@@ -132,7 +132,11 @@ def test_a_named_target_layer() -> None:
     assert network.target_layer == TargetLayer("layer3")
     assert (network.head.kind, network.feature_shape) == ("general", (256, 14, 14))
     maps = Explainer(network, top_k=1)(torch.randn(1, 3, 224, 224)).heatmaps
-    assert set(maps) == {name for name in METHODS if not METHODS[name].needs_class_weights}
+    assert set(maps) == {
+        name
+        for name, needs in METHODS.items()
+        if not needs.needs_class_weights and needs.needs_attention == "none"
+    }
     assert maps["grad_cam"].shape == (1, 1, 14, 14)
     assert maps["extent_cam"].shape == (1, 1, 28, 28)
 
@@ -885,11 +889,12 @@ def test_every_network_with_every_method(name: str) -> None:
     before = {key: value.clone() for key, value in network.module.state_dict().items()}
     images = torch.randn(2, 3, *network.preprocessing.crop_size)
     explanation = Explainer(network, top_k=2)(images)
-    expected = {method for method in METHODS if network.supports(method)}
+    expected = {method for method in DEFAULT_METHODS if network.supports(method)}
     weightings = {
         method
         for method, needs in METHODS.items()
-        if not needs.needs_class_weights and not needs.needs_finer_layer
+        if not (needs.needs_class_weights or needs.needs_finer_layer)
+        if needs.needs_attention == "none"
     }
     assert set(explanation.heatmaps) == expected >= weightings
     for method, maps in explanation.heatmaps.items():

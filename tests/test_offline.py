@@ -18,8 +18,9 @@ import ray
 from PIL import Image
 
 import scacam
-from scacam.audit.audit import audit
-from scacam.jobs import caw, compare, evaluate, explain, pictures, report
+from scacam.audit.agreement import Agreement, Compare
+from scacam.audit.passes import Opening
+from scacam.jobs import audit, caw, compare, evaluate, explain, pictures, report
 from scacam.jobs.pictures import images, label_note, top_classes
 
 COLOURS = ((220, 40, 30), (30, 200, 50), (40, 60, 230))
@@ -152,24 +153,31 @@ def test_evaluate(labelled: Path, folder: Path) -> None:
     assert by_method[NAMED, "grad_cam"] == by_method[NAMELESS, "grad_cam"] == 1
 
 
-def test_audit_compares_classes_by_id(labelled: Path) -> None:
-    (pair,) = audit(scacam.open_run(str(labelled))).pairs
-    assert (pair.images, pair.same) == (15, 1.0)  # the same weights
-    assert pair.moved == pytest.approx(0, abs=1e-6)
+def _pair(run: scacam.Run) -> dict[str, Any]:
+    """How the two networks of a run agree."""
+    alike, _ = Agreement.merge([Compare(Opening(run.path))(run.image_ids)]).tables(run)
+    (pair,) = (row for row in alike.to_pylist() if row["network"] != row["other_network"])
+    return pair
+
+
+def test_networks_are_compared_by_class_id(labelled: Path) -> None:
+    pair = _pair(scacam.open_run(str(labelled)))
+    assert (pair["images"], pair["same"]) == (15, 1.0)  # the same weights
+    assert pair["moved"] == pytest.approx(0, abs=1e-6)
 
 
 def test_networks_of_different_classes_are_not_compared_by_class(plain: Path) -> None:
     record = json.loads((plain / "run.json").read_text())
     record["networks"][1]["categories_sha256"] = "other names"
     (plain / "run.json").write_text(json.dumps(record))
-    (pair,) = audit(scacam.open_run(str(plain))).pairs
-    assert np.isnan(pair.same)
+    assert _pair(scacam.open_run(str(plain)))["same"] is None
 
 
 @pytest.mark.parametrize("evaluated", [False, True])
 def test_report(labelled: Path, folder: Path, evaluated: bool) -> None:
     if evaluated:
         evaluate.run(run=str(labelled), boxes=str(folder / "boxes.csv"))
+        audit.run(run=str(labelled))
     page = Path(report.run(run=str(labelled)).path).read_text()
     assert not re.search(r"\bNone\b", page)
     assert not re.search(r"\bnan\b", page)

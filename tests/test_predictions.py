@@ -15,7 +15,9 @@ from scacam.explainer import observe
 from scacam.images import decode, pixels, view_of
 from scacam.jobs import explain
 from scacam.networks import load_network
+from scacam.runs import exports
 from scacam.runs.proof import prove
+from scacam.runs.results import open_run
 from scacam.storage.parquet import write_table
 from scacam.tables import PREDICTION
 
@@ -125,6 +127,49 @@ def test_the_index_knows_them(out):
         assert shards["images"].sum() == COUNT
         assert (shards["network"] == NETWORK).all()
         assert shards["layer"].isna().all()
+
+
+def test_arrays_for_other_tools(out):
+    run = open_run(str(out))
+    ids, vectors = exports.embeddings(run, NETWORK)
+    assert vectors.dtype == np.float16
+    assert dict(zip(ids.tolist(), vectors.tolist(), strict=True)) == {
+        row["image_id"]: list(row["embedding"]) for row in rows(out, "embeddings")
+    }
+    same, said = exports.probabilities(run, NETWORK)
+    assert same.tolist() == ids.tolist() == sorted(ids.tolist())
+    assert said.shape == (COUNT, run.networks[NETWORK]["num_classes"])
+    assert said.nnz == len(rows(out, "predictions"))
+    for row in rows(out, "predictions"):
+        place = np.searchsorted(ids, row["image_id"]), row["class_id"]
+        assert said[place] == np.float32(row["probability"])
+    with pytest.raises(RunError, match="no network 'vgg'"):
+        exports.probabilities(run, "vgg")
+
+
+def test_other_tools_take_them(out):
+    """A label that cannot be right is an issue; nearest neighbours find an image first itself."""
+    filter_ = pytest.importorskip("cleanlab.filter")
+    neighbors = pytest.importorskip("sklearn.neighbors")
+    run = open_run(str(out))
+    _, said = exports.probabilities(run, NETWORK)
+    dense = said.toarray()
+    labels = dense.argmax(1)
+    labels[3] = dense[3].argmin()
+    issues = filter_.find_label_issues(labels, dense, filter_by="predicted_neq_given")
+    assert issues.nonzero()[0].tolist() == [3]
+    vectors = exports.embeddings(run, NETWORK)[1].astype(np.float32)
+    nearest = neighbors.NearestNeighbors(n_neighbors=1).fit(vectors).kneighbors(vectors)[0]
+    np.testing.assert_allclose(nearest, 0, atol=1e-3)
+
+
+def test_samples_for_fiftyone(out):
+    fiftyone = pytest.importorskip("fiftyone")
+    found = list(exports.samples(open_run(str(out)), NETWORK, "grad_cam"))
+    assert len(found) == COUNT
+    assert all(isinstance(sample, fiftyone.Sample) for sample in found)
+    assert found[0].heatmap.map.shape == (80, 100)
+    assert len(found[0].embedding) == len(rows(out, "embeddings")[0]["embedding"])
 
 
 @pytest.mark.parametrize("kind", ["predictions", "embeddings"])

@@ -71,7 +71,8 @@ def folder(
         store.upload_file(str(path), "bucket", f"photos/{path.name}")
     monkeypatch_module.chdir(folder)
     networks = ["--networks", "resnet50", "mobilenet_v3_small=weights.pth"]
-    labelled = ["scacam", "explain", "--input", "photos.csv", "--explain-label", *networks]
+    labelled = ["scacam", "explain", "--input", "photos.csv", "--explain-label"]
+    labelled += ["--embeddings", *networks]
     for output in ("out", "out-b"):
         subprocess.run([*labelled, "--output", output], check=True)
     shutil.copytree("out", "out-a")

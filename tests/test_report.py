@@ -17,13 +17,15 @@ from PIL import Image
 from pyarrow import fs
 from servers import BUCKET, ObjectStore
 
+from scacam.jobs import audit
 from scacam.jobs.command import run_job
 from scacam.report.charts import lines
 
 main = partial(run_job, "report")
 
 JOB = Path(__file__).parent.parent / "jobs/report.py"
-SECTIONS = {"classes", "ran", "same-image", "top-classes", "one-class", "audit", "about"}
+SECTIONS = {"ran", "same-image", "top-classes", "about"}
+AUDITED = {"shortcuts", "classes", "one-class", "agreement"}
 EVIL = "<script>alert('evil')</script>"
 
 
@@ -87,18 +89,19 @@ def evaluated(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = _run(tmp_path_factory.mktemp("evaluated"), ignored_files=3)
     evaluate(out)
     weigh(out, EVIL)
+    audit.run(run=str(out))
     assert main(["--run", str(out)]) == 0
     return out / "report.html"
 
 
 def test_every_section_is_there_when_the_run_has_its_data(evaluated: Path) -> None:
     page = _Page(evaluated.read_text())
-    assert page.sections == SECTIONS | {"localization", "weights"}
+    assert page.sections == SECTIONS | AUDITED | {"localization", "weights"}
     for words in (
         "MaxBoxAccV2",
         "within noise",
         "more than noise",
-        "off the object",
+        "Looks off the objects".lower(),
         "random weights",
     ):
         assert words in page.words
@@ -109,9 +112,15 @@ def test_a_run_that_was_not_evaluated_has_no_localization(tmp_path: Path) -> Non
     assert main(["--run", str(out)]) == 0
     page = _Page((out / "report.html").read_text())
     assert page.sections == SECTIONS
+    assert "has not been audited" in page.words
+    audit.run(run=str(out))
+    assert main(["--run", str(out)]) == 0
+    page = _Page((out / "report.html").read_text())
+    assert page.sections == SECTIONS | AUDITED
+    assert "has not been audited" not in page.words
     assert "top-1 error" not in page.words
     assert "Do the networks agree" not in page.words
-    assert "at the border of the view" in page.words
+    assert "looks off the objects" not in page.words
 
 
 def test_the_page_holds_no_address_and_nothing_that_runs(evaluated: Path) -> None:
@@ -169,11 +178,19 @@ def test_every_picture_has_words_for_those_who_cannot_see_it(evaluated: Path) ->
     assert all(attributes["role"] == "img" and attributes["aria-label"] for attributes in charts)
 
 
-def test_the_worst_class_comes_first(evaluated: Path) -> None:
+def test_the_worst_class_comes_first_and_is_not_accused(evaluated: Path) -> None:
     words = _Page(evaluated.read_text()).words
     start = words.index("Classes to look at first")
-    assert words.index("a \"quoted\" & 'odd' class", start) < words.index("What ran")
-    assert "lies in the corners" in words[start : words.index("What ran")]
+    classes = words[start : words.index("What ran")]
+    assert classes.index("a \"quoted\" & 'odd' class") < classes.index(EVIL, 60)
+    assert "No class stands out among the 2 judged" in words[:start]
+
+
+def test_errors_are_counted_by_the_labels(evaluated: Path) -> None:
+    words = _Page(evaluated.read_text()).words
+    ran = words[words.index("What ran") : words.index("One image, every")]
+    assert "top-2 error" in ran
+    assert ran.count("0.0%") == 4
 
 
 def test_photos_that_are_gone_are_counted(evaluated: Path) -> None:
@@ -184,26 +201,26 @@ def test_photos_that_are_gone_are_counted(evaluated: Path) -> None:
 def test_runs_of_one_and_two_photos(tmp_path: Path, count: int) -> None:
     out = _run(tmp_path, count=count, networks=1)
     assert main(["--run", str(out)]) == 0
+    audit.run(run=str(out))
+    assert main(["--run", str(out)]) == 0
     page = _Page((out / "report.html").read_text())
     assert "nothing can be said about classes" in page.words
 
 
-def test_a_missing_shard_is_said_aloud(tmp_path: Path) -> None:
-    out = _run(tmp_path, networks=2, shards=3)
-    next(out.glob("explanations/network=net/layer=features/1.parquet")).unlink()
-    assert main(["--run", str(out)]) == 0
-    words = _Page((out / "report.html").read_text()).words
-    assert "4 of 13 images have neither explanations of net nor an error" in words
-
-
-def test_images_of_a_missing_shard_are_not_shown(tmp_path: Path) -> None:
+def test_images_of_a_missing_shard_are_counted_and_not_shown(tmp_path: Path) -> None:
     out = _run(tmp_path, networks=1, shards=3)
     evaluate(out)
+    audit.run(run=str(out))
     for lost in (0, 2):
         (out / f"explanations/network=net/layer=features/{lost}.parquet").unlink()
     assert main(["--run", str(out)]) == 0
     words = _Page((out / "report.html").read_text()).words
-    assert "8 of 13 images have neither" in words
+    assert "were audited" not in words
+    assert "000 & 'co'.png" not in words
+    audit.run(run=str(out))
+    assert main(["--run", str(out)]) == 0
+    words = _Page((out / "report.html").read_text()).words
+    assert "8 of 13 images have neither an error nor explanations of net that were" in words
     assert "000 & 'co'.png" not in words
 
 
@@ -302,7 +319,7 @@ def test_a_browser_shows_it_all_and_asks_nobody(
 
     run = browser.execute_script
     found = run("return [...document.querySelectorAll('section')].map(s => s.id)")
-    assert set(found) == SECTIONS | {"localization", "weights"}
+    assert set(found) == SECTIONS | AUDITED | {"localization", "weights"}
     assert run("return [...document.images].every(i => i.complete && i.naturalWidth > 0)")
     assert run("return document.documentElement.scrollWidth") <= width
     assert run("return document.querySelectorAll('script').length") == 0
@@ -341,7 +358,7 @@ def test_a_run_on_object_storage_is_read_and_reported_there(tmp_path: Path) -> N
             assert done.returncode == 0, done.stderr
         with bucket.open_input_file("out/report.html") as file:
             page = _Page(file.read().decode())
-        assert page.sections == SECTIONS - {"one-class"}
+        assert page.sections == SECTIONS
         assert "could not be read" not in page.words
         assert bucket.get_file_info("out/pictures/photo.png").size > 5000
     finally:

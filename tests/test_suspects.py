@@ -6,9 +6,9 @@ import torch
 from scipy.special import expit, logit
 
 from scacam.audit.attention import fixed_place
-from scacam.findings.classes import SAMPLE, Answers, Gathered, find_parts
-from scacam.findings.components import Contributions, find_component, find_shortcut, where
-from scacam.findings.kinds import KINDS, Tally, scored, strengths
+from scacam.audit.classes import SAMPLE, Answers, Gathered, find_parts
+from scacam.audit.components import Contributions, find_component, find_shortcut, where
+from scacam.audit.kinds import KINDS, Tally, scored, strengths
 from scacam.methods.channels import top_channels
 from scacam.methods.gradients import MaskedGradients
 

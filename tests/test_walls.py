@@ -26,7 +26,6 @@ FLOORS = (
     ("explainer",),
     ("runs",),
     ("audit",),
-    ("findings",),
     ("trials",),
     ("browse", "pipeline", "report"),
     ("jobs",),
@@ -36,7 +35,7 @@ FLOORS = (
 
 WITHOUT_TORCH = (
     *("storage", "inputs", "images", "tables", "drawing", "localization", "runs.results"),
-    *("evaluation", "audit", "findings", "report", "browse", "trials.metrics", "trials.likeness"),
+    *("evaluation", "audit", "report", "browse", "trials.metrics", "trials.likeness"),
 )
 
 

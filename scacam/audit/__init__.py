@@ -1,1 +1,1 @@
-"""What to worry about: where maps lie, how alike they are, how two runs differ."""
+"""What to worry about: where maps lie and how alike they are, what stands out, how runs differ."""

@@ -8,7 +8,7 @@ was evaluated against boxes, it knows where the objects are. Writes OUT/metrics.
 
 import argparse
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import islice
@@ -20,33 +20,31 @@ import pyarrow.compute as pc
 import ray
 from pyarrow import fs
 
-from scacam.audit.maps import true_boxes
-from scacam.errors import RunError
-from scacam.evaluation.truth import TrueBoxes
-from scacam.findings.classes import Gathered, Learnt
-from scacam.findings.components import MIN_IMAGES
-from scacam.findings.kinds import (
+from scacam.audit.agreement import Agreement, Compare, sample
+from scacam.audit.classes import ANSWERED, CLASSES, Learnt
+from scacam.audit.components import MIN_IMAGES
+from scacam.audit.kinds import (
     FINDING_IMAGES,
     FINDINGS,
     KINDS,
     SUSPECTS,
     Tally,
 )
-from scacam.findings.passes import Best, Judge, Judged, Look, merged
+from scacam.audit.maps import true_boxes
+from scacam.audit.passes import AT_ONCE, Best, Judge, Judged, Look, Opening, Seen, merged
+from scacam.errors import RunError
 from scacam.pipeline.cluster import start_ray
 from scacam.pipeline.tasks import in_tasks
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
 from scacam.storage import join, locate
-from scacam.storage.parquet import write_table, write_tables
+from scacam.storage.parquet import write_table
 
 logger = logging.getLogger("scacam")
 
 _AT_ONCE = 4096
-_AHEAD = 2
 _TOLD = 5
-_SUSPECTS, _FINDINGS = "metrics/suspects.parquet", "metrics/findings.parquet"
-_IMAGES = "metrics/findings_images"
+_IMAGES = "findings_images"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,17 +105,20 @@ def run(*, run: str) -> Result:
         raise RunError(f"the run in {run} is not complete; complete it first")
     if not opened.config.get("explained"):
         raise RunError(f"no image of {run} was explained; its errors say why")
-    chunks = [
-        opened.image_ids[start : start + _AT_ONCE]
-        for start in range(0, len(opened.image_ids), _AT_ONCE)
-    ]
+    ids = opened.image_ids
+    chunks = [ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE)]
+    opening = Opening(opened.path)
     with locked(run):
         start_ray()
         objects = shared(true_boxes(opened))
-        learnt, names = learn(opened, chunks, objects)
-        shown = in_tasks(Judge(opened.path, objects, shared(learnt)), chunks)
-        result = write(opened, learnt, names, merged(shown))
-    return result
+        logger.info("learning what is usual of each class")
+        seen = look(Look(opening, objects), chunks)
+        learnt = {name: one.gathered.learn(in_tasks) for name, one in seen.items()}
+        logger.info("looking for who is out of it")
+        found = merged(in_tasks(Judge(opening, objects, shared(learnt)), chunks))
+        logger.info("comparing methods and networks")
+        agreement = Agreement.merge(in_tasks(Compare(opening), sample(ids)))
+        return write(opened, seen, learnt, found, agreement)
 
 
 def shared(value: object) -> Callable[[], Any]:
@@ -126,71 +127,100 @@ def shared(value: object) -> Callable[[], Any]:
     return partial(get, ray.put(value))
 
 
-def learn(
-    run: Run, chunks: Sequence[np.ndarray], objects: Callable[[], TrueBoxes | None]
-) -> tuple[dict[str, Learnt], dict[str, dict[int, str]]]:
-    """What is known of the classes of each network, and what they are called."""
-    logger.info("learning what is usual of each class")
-    names: dict[str, dict[int, str]] = {name: {} for name in run.networks}
-    totals: dict[str, list[Gathered]] = {name: [] for name in run.networks}
-    found = in_tasks(Look(run.path, objects), chunks)
-    # Some at a time: of each network there is one sum, and that of those which have just come.
-    while few := list(islice(found, _AHEAD * 8)):
-        for name in run.networks:
-            seen = [part[name] for part in few if name in part]
-            parts = [*totals[name], *(part.gathered for part in seen)]
-            totals[name] = [Gathered.merge(parts)] if parts else []
-            for part in seen:
-                names[name] |= part.names
-    return {name: parts[0].learn() for name, parts in totals.items() if parts}, names
+def look(work: Look, chunks: Sequence[np.ndarray]) -> dict[str, Seen]:
+    """What is seen of each network; there is one sum, and those of the few that came last."""
+    totals: dict[str, Seen] = {}
+    found = in_tasks(work, chunks)
+    while few := list(islice(found, AT_ONCE)):
+        for name in {name: None for part in few for name in part}:
+            parts = [part[name] for part in few if name in part]
+            totals[name] = Seen.merge([*parts, *([totals[name]] if name in totals else [])])
+    return totals
 
 
 def write(
     run: Run,
+    seen: dict[str, Seen],
     learnt: dict[str, Learnt],
-    names: dict[str, dict[int, str]],
     found: dict[str, Judged],
+    agreement: Agreement,
 ) -> Result:
     """Write the tables; those of an earlier audit go."""
     result = Result(join(run.path, "metrics"))
-    images: list[tuple[str, int, Best]] = []
     for name, one in found.items():
         result.networks.append(name)
-        result.findings += _findings(name, names[name], learnt[name], one.tally)
+        result.findings += _findings(name, seen[name].names, learnt[name], one.tally)
         result.suspects[name] = len(one.suspects.groups)
-        images.append((name, len(learnt[name].mapped), one.images))
     result.findings.sort(key=lambda row: (not row["stands_out"], -float(str(row["strength"]))))
     for number, row in enumerate(result.findings):
         row["finding"] = number
     uris = _Uris(run, [part for one in found.values() for part in (one.images, one.suspects)])
     suspects = [
-        _suspects(name, names[name], learnt[name], one.suspects, uris)
+        _suspects(name, seen[name].names, learnt[name], one.suspects, uris)
         for name, one in found.items()
     ]
-    write_table(join(run.path, _FINDINGS), pa.Table.from_pylist(result.findings, FINDINGS))
-    write_tables(join(run.path, _SUSPECTS), suspects, SUSPECTS)
-    filesystem, folder = locate(join(run.path, _IMAGES))
+    classes = [
+        row
+        for name, one in found.items()
+        for row in _classes(name, seen[name], learnt[name], one.images)
+    ]
+    alike, lie = agreement.tables(run)
+    for name, table in (
+        ("findings", pa.Table.from_pylist(result.findings, FINDINGS)),
+        ("suspects", pa.concat_tables(suspects)),
+        ("classes", pa.Table.from_pylist(classes, CLASSES)),
+        ("agreement", alike),
+        ("attention", lie),
+    ):
+        write_table(join(result.path, f"{name}.parquet"), table)
+    filesystem, folder = locate(join(result.path, _IMAGES))
     if filesystem.get_file_info(folder).type == fs.FileType.Directory:
         filesystem.delete_dir(folder)
-    numbers = {
-        (row["network"], row["kind"], row["class_id"]): row["finding"] for row in result.findings
-    }
-    for name, classes, best in images:
-        kinds = list(KINDS)
-        found_by = np.array(
-            [
-                numbers.get((name, kinds[group // classes], group % classes), -1)
-                for group in best.groups.tolist()
-            ],
-            dtype=np.int64,
-        )
-        table = pa.table(
-            [found_by, best.image_ids, uris.of(best.image_ids), best.values[:, 0].astype("f4")],
-            schema=FINDING_IMAGES,
-        ).filter(pa.array(found_by >= 0))
-        order = [("finding", "ascending"), ("score", "descending")]
-        write_table(join(run.path, _IMAGES, f"{name}.parquet"), table.sort_by(order))
+    for name, one in found.items():
+        table = _finding_images(name, result.findings, len(learnt[name].mapped), one.images, uris)
+        write_table(join(result.path, _IMAGES, f"{name}.parquet"), table)
     return result
+
+
+def _classes(network: str, seen: Seen, learnt: Learnt, best: Best) -> Iterator[dict[str, object]]:
+    """Rows of the classes that a network says of some image, the most frequent first."""
+    count = len(learnt.mapped)
+    confident = best.groups - len(KINDS) * count
+    sums = dict(zip(ANSWERED, seen.answered, strict=True))
+    height, width = learnt.usual.shape
+    for class_id in np.argsort(-sums["images"], kind="stable").tolist():
+        if not sums["images"][class_id]:
+            return
+        mean = learnt.totals[class_id] / max(learnt.mapped[class_id], 1)
+        yield {
+            "network": network,
+            "class_id": class_id,
+            "class_name": seen.names[class_id],
+            **{name: int(sums[name][class_id]) for name in ANSWERED[:-1]},
+            "probability": float(sums["probability"][class_id] / sums["images"][class_id]),
+            "map": mean.ravel().astype(np.float32),
+            "map_height": height,
+            "map_width": width,
+            "confident": best.image_ids[confident == class_id],
+        }
+
+
+def _finding_images(
+    network: str, findings: Sequence[dict[str, object]], classes: int, best: Best, uris: "_Uris"
+) -> pa.Table:
+    """The images of the findings of a network with so many classes."""
+    kinds = {kind: place for place, kind in enumerate(KINDS)}
+    numbers = np.full((len(KINDS) + 1) * classes, -1)
+    for row in findings:
+        if row["network"] == network:
+            numbers[kinds[str(row["kind"])] * classes + int(str(row["class_id"]))] = row["finding"]
+    found_by = numbers[best.groups]
+    ids = best.image_ids
+    table = pa.table(
+        [found_by, ids, uris.of(ids), best.values[:, 0].astype("f4")], schema=FINDING_IMAGES
+    )
+    order = [("finding", "ascending"), ("score", "descending")]
+    return table.filter(pa.array(found_by >= 0)).sort_by(order)
 
 
 def _findings(

@@ -17,7 +17,6 @@ import pyarrow as pa
 import ray
 import ray.data
 
-from scacam.audit.caw import Weights, verdict
 from scacam.inputs.manifest import read_manifest
 from scacam.jobs.options import (
     add_input_options,
@@ -26,6 +25,7 @@ from scacam.jobs.options import (
     refuse_below_one,
     seconds_per_image,
 )
+from scacam.methods.caw import Weights, verdict
 from scacam.pipeline.cluster import (
     TASK_CPUS,
     allot,
@@ -131,7 +131,7 @@ def weigh(
 ) -> tuple[list[Weights], Counter[str]]:
     """Stream the images through the networks; returns their weights and the errors by kind."""
     costs = [seconds_per_image(network) for network in networks]
-    allotments = allot(costs, await_nodes(None))
+    allotments = allot(costs, await_nodes(None), len(manifest))
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()

@@ -1,6 +1,8 @@
 """The command line of all jobs: one way to start, and one way to fail."""
 
 import argparse
+import atexit
+import gc
 import logging
 import platform
 import sys
@@ -64,7 +66,10 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
         0 when the job completed; 1 when it did, but not well (`Result.ok`); 2 when it could not
         run or was stopped.
     """
+    atexit.register(gc.freeze)  # else the interpreter looks through all of torch before it ends
+    gc.disable()  # what imports make is no garbage, and there is much of it
     job = import_module(f"scacam.jobs.{name}")
+    gc.enable()
     # What is not given is left out, so that the defaults are those of `run`.
     parser = argparse.ArgumentParser(
         prog=f"scacam {name}", description=JOBS[name], argument_default=argparse.SUPPRESS

@@ -32,7 +32,7 @@ from scacam.jobs.options import (
     refuse_below_one,
     seconds_per_image,
 )
-from scacam.methods import METHODS
+from scacam.methods import DEFAULT_METHODS, METHODS
 from scacam.networks import Network
 from scacam.pipeline.cluster import allot, await_nodes, ray_starting, start_ray
 from scacam.pipeline.stream import explain, speed, stages
@@ -63,7 +63,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         metavar="METHOD",
-        help=f"default: all that a network supports of {', '.join(METHODS)}",
+        help=f"of {', '.join(METHODS)} (default: all that a network supports, but "
+        f"{', '.join(name for name in METHODS if name not in DEFAULT_METHODS)})",
     )
     parser.add_argument("--top-k", type=int, metavar="K", help="classes per image (default: 5)")
     parser.add_argument(
@@ -179,7 +180,7 @@ def run(
     categories: Sequence[str] = (),
     output_kind: Sequence[str] = (),
     prompts: Sequence[str] = (),
-    methods: Sequence[str] = tuple(METHODS),
+    methods: Sequence[str] = DEFAULT_METHODS,
     top_k: int = 5,
     min_probability: float | None = None,
     explain_label: bool = False,
@@ -243,7 +244,7 @@ def explain_all(
         write_table(*class_weights(options.output, network))
     gpus = await_nodes(options.gpus)
     costs = [seconds_per_image(network) for network in networks]
-    allotments = allot(costs, gpus)
+    allotments = allot(costs, gpus, record["images"])
     counts = explain(options, record, networks, costs, allotments)
     proof = prove(options.output, record["networks"], images, record["embeddings"])
     seconds = time.monotonic() - started
@@ -288,8 +289,13 @@ def check_networks(
         if len(absent) == len(options.methods):
             raise RunError(f"{network.name} supports none of the methods {', '.join(absent)}")
         finer = [name for name in absent if METHODS[name].needs_finer_layer]
-        weighing = [name for name in absent if name not in finer]
-        for names, what in ((weighing, "class weights"), (finer, "finer layer")):
+        attending = [name for name in absent if METHODS[name].needs_attention != "none"]
+        weighing = [name for name in absent if name not in (*finer, *attending)]
+        for names, what in (
+            (weighing, "class weights"),
+            (finer, "finer layer"),
+            (attending, "class token whose attention could be had"),
+        ):
             if names:
                 logger.info("%s has no %s: no %s", network.name, ", ".join(names), what)
 

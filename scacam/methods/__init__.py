@@ -1,9 +1,11 @@
 """Every class activation map, one function each; see `maps`."""
 
 from scacam.methods.maps import (
+    DEFAULT_METHODS,
     METHODS,
     Method,
     ablation_cam,
+    attention_rollout,
     eigen_cam,
     eigen_grad_cam,
     extent_cam,
@@ -15,6 +17,7 @@ from scacam.methods.maps import (
     grad_cam_pp,
     hires_cam,
     layer_cam,
+    legrad,
     nwc_cam,
     recipro_cam,
     sca_cam,
@@ -23,9 +26,11 @@ from scacam.methods.maps import (
 )
 
 __all__ = [
+    "DEFAULT_METHODS",
     "METHODS",
     "Method",
     "ablation_cam",
+    "attention_rollout",
     "eigen_cam",
     "eigen_grad_cam",
     "extent_cam",
@@ -37,6 +42,7 @@ __all__ = [
     "grad_cam_pp",
     "hires_cam",
     "layer_cam",
+    "legrad",
     "nwc_cam",
     "recipro_cam",
     "sca_cam",

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from typing import Literal, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from scacam.methods.gradients import Gradients, averaged, weigh
@@ -60,17 +61,18 @@ def recipro_cam(features: Tensor, head: LinearHead) -> Tensor:
     cells = features.shape[2] * features.shape[3]
     if head.scores is not None:
         # The other cells hold zeros, of which the score is the bias.
-        rest = (cells - 1) * head.biases.relu()
-        logits = head.scores.flatten(2).relu().add_(rest[:, None]).div_(cells)
+        rest = head.biases.relu() * ((cells - 1) / cells)
+        logits = head.scores.flatten(2).mT.relu().div_(cells).add_(rest)
     else:
         kept = features.relu() if head.kind == "rectified" else features
-        logits = ((head.weights / cells) @ kept.flatten(2)).add_(head.biases[:, None])
-    chosen = logits.gather(1, head.class_ids[..., None].expand(-1, -1, cells))
-    if head.is_softmax:
-        maps = (chosen - logits.logsumexp(1, keepdim=True)).exp()
+        logits = F.linear(kept.flatten(2).mT, head.weights / cells, head.biases)
+    each = head.class_ids[:, None].expand(-1, cells, -1)
+    if head.is_softmax:  # in place, which spares the time for three more tensors of this size
+        exponentials = logits.sub_(logits.amax(2, keepdim=True)).exp_()
+        maps = exponentials.gather(2, each) / exponentials.sum(2, keepdim=True)
     else:
-        maps = chosen.sigmoid()
-    return maps.unflatten(2, features.shape[2:])
+        maps = logits.gather(2, each).sigmoid()
+    return maps.mT.unflatten(2, features.shape[2:])
 
 
 def ablation_cam(features: Tensor, head: LinearHead) -> Tensor:
@@ -87,10 +89,12 @@ def ablation_cam(features: Tensor, head: LinearHead) -> Tensor:
     chosen = head.class_ids[..., None].expand(-1, -1, features[0, 0].numel())
     scores = head.scores.flatten(2).gather(1, chosen)
     channels = features.flatten(2)
+    # relu(s) - relu(s - x) = min(x - min(s, 0), max(s, 0))
+    below, above = (-scores).relu(), scores.relu()
     drops = []
-    for of_class, weight in zip(scores.unbind(1), weights.unbind(1), strict=True):
-        without = (of_class[:, None] - weight[..., None] * channels).relu()
-        drops.append((of_class.relu()[:, None] - without).mean(2))
+    for low, high, weight in zip(below.unbind(1), above.unbind(1), weights.unbind(1), strict=True):
+        parts = (weight[..., None] * channels).add_(low[:, None])
+        drops.append(torch.minimum(parts, high[:, None], out=parts).mean(2))
     return weigh(torch.stack(drops, 1), features)
 
 

@@ -10,7 +10,7 @@ All functions share one signature, `(features, gradients, class_weights) -> maps
 * maps: `[B, K, h, w]`, raw and signed. ReLU, upsampling and normalisation come later, by name.
 
 But for `extent_cam`, which takes the maps of another method and the features of a finer layer, and
-for the methods of `linear_head`, which ask more of the head.
+for the methods of `linear_head`, which ask more of the head, and of `attention`.
 
 To add a method: write its function here, give it a row in `METHODS`, and test it.
 
@@ -30,12 +30,13 @@ References (equations are those of the SCA-CAM paper unless said otherwise):
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scacam.methods.attention import attention_rollout, legrad
 from scacam.methods.eigen import first_component
 from scacam.methods.gradients import (
     Gradients,
@@ -51,9 +52,11 @@ from scacam.methods.gradients import (
 from scacam.methods.linear_head import ablation_cam, finer_cam, recipro_cam
 
 __all__ = [
+    "DEFAULT_METHODS",
     "METHODS",
     "Method",
     "ablation_cam",
+    "attention_rollout",
     "eigen_cam",
     "eigen_grad_cam",
     "extent_cam",
@@ -65,6 +68,7 @@ __all__ = [
     "grad_cam_pp",
     "hires_cam",
     "layer_cam",
+    "legrad",
     "nwc_cam",
     "recipro_cam",
     "sca_cam",
@@ -132,9 +136,11 @@ def grad_cam_elementwise(
 ) -> Tensor:
     """`Σ_k relu(G_k ⊙ A_k)` (Gildenblat 2021)."""
     # relu(G A) = relu(G) relu(A) + relu(-G) relu(-A)
-    speaking_for = weigh_product(elementwise(torch.relu, gradients), features.relu())
+    speaking_for = elementwise(torch.relu, gradients)
+    if not (features < 0).any():
+        return weigh_product(speaking_for, features)
     against = elementwise(lambda values: (-values).relu(), gradients)
-    return speaking_for + weigh_product(against, (-features).relu())
+    return weigh_product(speaking_for, features.relu()) + weigh_product(against, (-features).relu())
 
 
 def grad_cam_pp(features: Tensor, gradients: Gradients, class_weights: Tensor | None) -> Tensor:
@@ -215,19 +221,23 @@ def extent_cam(cams: Tensor, finer_features: Tensor, rounds: int = 3) -> Tensor:
     """
     size = finer_features.shape[2:]
     features = finer_features.flatten(2)
-    lengths = torch.linalg.vector_norm(features, dim=1, keepdim=True)
+    # Not vector_norm, which is ten times slower over an axis that is not the last in memory.
+    lengths = features.square().sum(1, keepdim=True).sqrt()
     lengths = lengths.clamp(min=torch.finfo(features.dtype).tiny)
     tiny = torch.finfo(cams.dtype).tiny
     cams = F.interpolate(cams, size, mode="bilinear", align_corners=False)
     classes = _top(cams.flatten(2), tiny)
+    everywhere = (1 / lengths) @ features.mT
 
-    def mean(weights: Tensor) -> Tensor:
-        sums = (weights / lengths) @ features.mT
-        return sums / weights.sum(2, keepdim=True).clamp(min=_NOTHING)
+    def mean(sums: Tensor, weight: Tensor) -> Tensor:
+        return sums / weight.clamp(min=_NOTHING)
 
     maps = classes
     for _ in range(rounds):
-        likeness = (mean(maps) - mean(1 - maps)) @ features / lengths
+        inside = (maps / lengths) @ features.mT
+        weight = maps.sum(2, keepdim=True)
+        outside = mean(everywhere - inside, features.shape[2] - weight)
+        likeness = (mean(inside, weight) - outside) @ features / lengths
         maps = (_top(likeness, _NOTHING) * classes).sqrt()
     return maps.unflatten(2, size)
 
@@ -256,13 +266,15 @@ class Method(NamedTuple):
     Attributes:
         function: from features, gradients and class weights to raw maps; if it needs the finer
             layer, from class maps and the finer layer's features; if it needs the head, from
-            features and a `LinearHead`.
+            features and a `LinearHead`; if it needs attention, from an `Attention`.
         relu: whether a ReLU on the map belongs to the method. Raw maps are before it.
         needs_class_weights: whether a network without class weights has no such map.
         paper: where the method comes from.
         needs_finer_layer: whether it has maps of a network that has a finer layer, and of its
             resolution.
         needs_head: whether it asks a head with class weights for more than those of its classes.
+        needs_attention: of which blocks of a transformer it takes the attention.
+        by_name: whether it costs so much that it has to be asked for.
     """
 
     function: Callable[..., Tensor]
@@ -271,6 +283,8 @@ class Method(NamedTuple):
     paper: str
     needs_finer_layer: bool = False
     needs_head: bool = False
+    needs_attention: Literal["none", "last", "all"] = "none"
+    by_name: bool = False
 
 
 _of_head = partial(Method, needs_class_weights=True, needs_head=True)
@@ -295,6 +309,21 @@ METHODS: dict[str, Method] = {
         _of_head(ablation_cam, relu=True, paper="Desai and Ramaswamy 2020"),
         _of_head(finer_cam, relu=True, paper="Zhang et al. 2025"),
         Method(
+            legrad,
+            relu=False,
+            needs_class_weights=False,
+            paper="Bousselham et al. 2025",
+            needs_attention="last",
+        ),
+        Method(
+            attention_rollout,
+            relu=False,
+            needs_class_weights=False,
+            paper="Abnar and Zuidema 2020",
+            needs_attention="all",
+            by_name=True,
+        ),
+        Method(
             extent_cam,
             relu=False,
             needs_class_weights=False,
@@ -304,3 +333,6 @@ METHODS: dict[str, Method] = {
     )
 }
 """All methods by name, in the order in which results list them."""
+
+DEFAULT_METHODS = tuple(name for name, method in METHODS.items() if not method.by_name)
+"""Those that are taken where nobody names any."""

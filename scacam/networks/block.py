@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 
-__all__ = ["LastBlock", "pruned"]
+__all__ = ["LastBlock", "attending", "pruned"]
 
 _PATCHED = threading.RLock()
 """Held while torch's attention is another function than torch's."""
@@ -29,10 +29,13 @@ class LastBlock(NamedTuple):
     Attributes:
         name: of the block, a module that takes tokens `[B, N, C]`.
         read: how many of the first tokens are no part of the image.
+        follows: how many blocks before it let the same tokens attend to one another, if those are
+            all that there are; else None.
     """
 
     name: str
     read: int
+    follows: int | None = None
 
 
 class _Seen(Exception):
@@ -40,14 +43,18 @@ class _Seen(Exception):
 
 
 @contextmanager
-def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[None]:
+def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Tensor]]:
     """Inside this context the block, if there is one, gives its first tokens alone.
+
+    Yields:
+        A list to which its attention `[B, heads, read, N]` is added when it runs.
 
     Raises:
         NetworkError: in the forward pass: the block does not call torch's attention.
     """
+    seen: list[Tensor] = []
     if block is None:
-        yield
+        yield seen
         return
     layer = module.get_submodule(block.name)
     whole = layer.forward
@@ -64,10 +71,9 @@ def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[None]:
             scale: float | None = None,
             **__: Any,
         ) -> Tensor:
-            scores = query @ key.mT * (query.shape[-1] ** -0.5 if scale is None else scale)
-            if mask is not None:
-                scores = scores + mask[..., : block.read, :]
-            return scores.softmax(-1) @ value
+            of_read = None if mask is None else mask[..., : block.read, :]
+            seen.append(_weights(query, key, of_read, scale))
+            return seen[-1] @ value
 
         def cut(given: Any) -> Any:
             """Without what belongs to the image's tokens: their rotary embeddings."""
@@ -85,9 +91,47 @@ def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[None]:
 
     layer.forward = forward
     try:
-        yield
+        yield seen
     finally:
         del layer.forward
+
+
+@contextmanager
+def attending(wanted: bool = True) -> Iterator[list[Tensor]]:
+    """A list to which every attention of torch's is added that runs inside this context.
+
+    Those of N tokens to the same N, averaged over their heads, `[B, N, N]`; none if not `wanted`.
+    """
+    seen: list[Tensor] = []
+    if not wanted:
+        yield seen
+        return
+
+    def attend(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        *_: Any,
+        scale: float | None = None,
+        **__: Any,
+    ) -> Tensor:
+        weights = _weights(query, key, attn_mask, scale)
+        if weights.ndim == 4 and weights.shape[2] == weights.shape[3]:
+            seen.append(weights.detach().mean(1))
+        return weights @ value
+
+    with _attention(attend):
+        yield seen
+
+
+def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
+    """Attention `[B, heads, queries, keys]`."""
+    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
+    if mask is not None:
+        absent = mask.dtype == torch.bool
+        scores = scores.masked_fill(~mask, -torch.inf) if absent else scores + mask
+    return scores.softmax(-1)
 
 
 def _attended(run: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor | None]:

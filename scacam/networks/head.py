@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from scacam.errors import NetworkError
 from scacam.methods import METHODS
 from scacam.methods.gradients import Gradients, MaskedGradients, weigh
-from scacam.networks.block import LastBlock, pruned
+from scacam.networks.block import LastBlock, attending, pruned
 from scacam.networks.output import (
     SHAPING,
     Output,
@@ -159,7 +159,11 @@ class ExplainedLayer(NamedTuple):
 
     def supports(self, method: str) -> bool:
         """Whether a method has maps of this layer's features and resolution."""
-        needs = METHODS[method]
+        needs, block = METHODS[method], self.head.block
+        if needs.needs_attention == "all":
+            return block is not None and block.follows is not None
+        if needs.needs_attention == "last":
+            return block is not None
         return not needs.needs_finer_layer and (
             self.head.kind != "general" or not needs.needs_class_weights
         )
@@ -346,7 +350,17 @@ def _last_block(
         one.shape == other.shape and (one - other).abs().max() <= 1e-4 * other.abs().max()
         for one, other in ((found, logits), (actual, expected))
     )
-    return block if is_same else None
+    return block._replace(follows=_earlier_blocks(module, images, name)) if is_same else None
+
+
+def _earlier_blocks(module: nn.Module, images: Tensor, last: str) -> int | None:
+    """How many blocks stand before the last, if the attention of all of them can be had."""
+    siblings = list(module.get_submodule(last.rpartition(".")[0]).children())
+    with torch.no_grad(), attending() as seen:
+        module(images)
+    is_whole = len(seen) == len(siblings) and siblings[-1] is module.get_submodule(last)
+    is_alike = len({weights.shape for weights in seen}) == 1
+    return len(siblings) - 1 if is_whole and is_alike else None
 
 
 def _is_neck(module: nn.Module, images: Tensor, target: TargetLayer) -> bool:

@@ -1,8 +1,10 @@
 """Networks of Hugging Face's transformers and of open_clip, as modules that return logits."""
 
+import json
 import logging
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ __all__ = ["from_hugging_face", "from_open_clip"]
 logger = logging.getLogger("scacam")
 
 _RESAMPLING = {2: "bilinear", 3: "bicubic"}
+_CONFIG = "open_clip_config.json"
 _NAMELESS = re.compile(r"LABEL_\d+")
 
 
@@ -131,8 +134,9 @@ def from_open_clip(name: str, weights: str, prompts: Sequence[str] | None) -> Re
     """A zero-shot classifier: the classes are what is asked for.
 
     Args:
-        name: of a model of open_clip.
-        weights: a tag of open_clip's, `DEFAULT` for the first it has, a checkpoint, or `random`.
+        name: of a model of open_clip; anything for a folder.
+        weights: a tag of open_clip's, `DEFAULT` for the first it has, a checkpoint, `random`, or a
+            folder as open_clip publishes it, with a configuration in it.
         prompts: the classes in words. Each is put into seven sentences, whose embeddings are
             averaged.
 
@@ -141,7 +145,9 @@ def from_open_clip(name: str, weights: str, prompts: Sequence[str] | None) -> Re
             given.
     """
     open_clip = package("open_clip", f"open_clip.{name}", "open_clip_torch")
-    if name not in open_clip.list_models():
+    is_folder = is_checkpoint(weights) and Path(weights).is_dir()
+    source = f"local-dir:{weights}" if is_folder else name
+    if not is_folder and name not in open_clip.list_models():
         raise NetworkError(f"open_clip has no model {name!r}")
     if not prompts:
         raise NetworkError(f"open_clip.{name} needs classes: --prompts FILE, with one per line")
@@ -149,12 +155,21 @@ def from_open_clip(name: str, weights: str, prompts: Sequence[str] | None) -> Re
     tag = tags[0] if weights == "DEFAULT" and tags else weights
     if tag != "random" and not is_checkpoint(tag) and tag not in tags:
         raise NetworkError(f"open_clip.{name} has no weights {tag!r}, only {', '.join(tags)}")
+    try:
+        config = open_clip.get_model_config(source)
+    except OSError as error:
+        raise unavailable(f"open_clip.{name}", weights, error) from error
 
     def made(pretrained: str | None) -> nn.Module:
-        model = open_clip.create_model(name, pretrained=pretrained, weights_only=True).eval()
+        model = open_clip.create_model(
+            source,
+            None if is_folder else pretrained,
+            pretrained_text=False,
+            require_pretrained=is_folder,
+        ).eval()
         texts = open_clip.build_zero_shot_classifier(
             model,
-            open_clip.get_tokenizer(name),
+            open_clip.get_tokenizer(source),
             list(prompts),
             open_clip.SIMPLE_IMAGENET_TEMPLATES,
         )
@@ -169,12 +184,15 @@ def from_open_clip(name: str, weights: str, prompts: Sequence[str] | None) -> Re
     def publish() -> nn.Module:
         try:
             return made(tag)
-        except (OSError, RuntimeError) as error:
+        except (OSError, RuntimeError, ValueError) as error:
             raise unavailable(f"open_clip.{name}", tag, error) from error
 
-    size = open_clip.get_model_config(name)["vision_cfg"].get("image_size", 224)
+    size = config["vision_cfg"].get("image_size", 224)
     shape = (size, size) if isinstance(size, int) else tuple(size)
-    published = open_clip.get_pretrained_cfg(name, tag) or {}
+    if is_folder:
+        published = json.loads((Path(weights) / _CONFIG).read_text()).get("preprocess_cfg", {})
+    else:
+        published = open_clip.get_pretrained_cfg(name, tag) or {}
     sees = vars(open_clip.transform.PreprocessCfg()) | published
     return Recipe(
         build=lambda _: made(None),

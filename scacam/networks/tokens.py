@@ -14,7 +14,7 @@ from torch import Tensor
 
 from scacam.errors import NetworkError
 
-__all__ = ["grid_of", "replaced", "shape_of_grid", "unlike_images"]
+__all__ = ["grid_of", "kept", "replaced", "shape_of_grid", "unlike_images"]
 
 
 def unlike_images(tokens: Tensor) -> tuple[int, ...]:
@@ -56,7 +56,7 @@ def grid_of(tokens: Tensor, others: Sequence[int], size: Sequence[int]) -> Tenso
     Raises:
         NetworkError: so many tokens make no grid of the images' aspect.
     """
-    image = _kept(tokens, others)
+    image = kept(tokens.shape[1], others).to(tokens.device)
     shape = shape_of_grid(len(image), size)
     if shape is None:
         raise NetworkError(
@@ -67,10 +67,11 @@ def grid_of(tokens: Tensor, others: Sequence[int], size: Sequence[int]) -> Tenso
 
 def replaced(tokens: Tensor, others: Sequence[int], grid: Tensor) -> Tensor:
     """The tokens `[B, N, C]` with the image's replaced by a grid `[B, C, h, w]`; a copy."""
-    return tokens.index_copy(1, _kept(tokens, others), grid.flatten(2).transpose(1, 2))
+    return tokens.index_copy(
+        1, kept(tokens.shape[1], others).to(tokens.device), grid.flatten(2).transpose(1, 2)
+    )
 
 
-def _kept(tokens: Tensor, others: Sequence[int]) -> Tensor:
-    """Positions of the image's tokens."""
-    count = tokens.shape[1]
-    return torch.tensor(sorted(set(range(count)) - set(others)), device=tokens.device)
+def kept(count: int, others: Sequence[int]) -> Tensor:
+    """Positions of the image's tokens among all `count` of them."""
+    return torch.tensor(sorted(set(range(count)) - set(others)))

@@ -38,6 +38,8 @@ __all__ = [
     "start_ray",
 ]
 
+_ACTOR_S = 5
+"""What it takes a core to start an actor: torch is loaded, and the network."""
 _ACTORS_PER_GPU = 2
 _BLOCK_BYTES = 64_000_000
 _BLOCK_S = 60
@@ -182,24 +184,28 @@ def _lacking(gpus: int | None) -> str | None:
     return None
 
 
-def allot(costs: Sequence[float], gpus: int) -> list[Allotment]:
+def allot(costs: Sequence[float], gpus: int, images: int) -> list[Allotment]:
     """Divide the cluster among the pools of a chain, which all hold their actors at once.
 
     The slowest pool sets the pace of all, so a network that costs more gets more actors. On a GPU
     there are two actors, or more where networks outnumber them: while one packs its heatmaps, the
     other computes. Without GPUs, there are as many actors as cores, each with one thread, and half
-    of the logical CPUs are left to the tasks that decode and write.
+    of the logical CPUs are left to the tasks that decode and write. In a small run there are fewer:
+    each further actor is worth what it takes to start.
 
     Args:
-        costs: what an image costs each network, in any unit.
+        costs: seconds that an image takes each network on one core.
         gpus: how many of the cluster's GPUs to use.
+        images: how many there are.
     """
+    busy = [1 + int(images * cost / _ACTOR_S) for cost in costs]
     if gpus:
         per_gpu = max(_ACTORS_PER_GPU, math.ceil(len(costs) / gpus))
         share = _share(1, per_gpu)
-        return [Allotment(actors, share, share) for actors in divide(gpus * per_gpu, costs)]
+        sizes = list(map(min, divide(gpus * per_gpu, costs), busy))
+        return [Allotment(actors, share, share) for actors in sizes]
     cpus = cores()
-    sizes = divide(cpus, costs)
+    sizes = list(map(min, divide(cpus, costs), busy))
     num_cpus = min(0.5, _share(cpus, 2 * sum(sizes)))
     return [Allotment(actors, num_cpus, 0.0) for actors in sizes]
 

@@ -1,7 +1,6 @@
 """The section of the report about what a faithfulness pass found."""
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -10,12 +9,13 @@ import pyarrow.compute as pc
 from markupsafe import Markup
 
 from scacam.audit.maps import Ranking
-from scacam.evaluation.intervals import Row, lead
+from scacam.evaluation.intervals import Row
 from scacam.evaluation.metrics import headline, titles
 from scacam.evaluation.tables import named
 from scacam.report.charts import lines
+from scacam.report.sections import measured
 from scacam.runs.results import Claimant, Run
-from scacam.trials.metrics import BASELINES, CURVES, METRICS, SANITY, verdict
+from scacam.trials.metrics import BASELINES, CURVES, METRICS, leads, verdict
 from scacam.trials.tables import images_folder
 
 __all__ = ["faithfulness", "least_faithful"]
@@ -26,21 +26,18 @@ _ALIKE = 1e-3
 
 def faithfulness(run: Run) -> list[dict[str, Any]]:
     """For each network that was tried: its metrics, what leads, its curves, and the verdict."""
-    dataset = run.metrics("faithfulness")
-    if dataset is None:
-        return []
     sections = []
-    for network, rows in groupby(dataset.to_table().to_pylist(), key=lambda row: row["network"]):
-        found = list(rows)
-        of_network = named(found, found)
-        measured = {row["metric"] for row in of_network}
+    for section, found in measured(run, "faithfulness"):
+        network, of_network = section["network"], list(section["cells"].values())
+        names = {row["metric"] for row in found}
         sections.append(
-            {
-                "network": network,
-                "images": max(row["images"] for row in of_network),
-                "metrics": [one for name, one in METRICS.items() if one.brief and name in measured],
-                "methods": list(dict.fromkeys(row["method"] for row in of_network)),
-                "cells": {(row["method"], row["metric"]): row for row in of_network},
+            section
+            | {
+                "metrics": {
+                    name: f"{metric.title} {'↑' if metric.higher_is_better else '↓'}"
+                    for name, metric in METRICS.items()
+                    if metric.brief and name in names
+                },
                 "leads": _leads(run, network, found),
                 "charts": _charts(run, network, found),
                 "against": _against_localization(run, network, of_network),
@@ -55,18 +52,11 @@ def _leads(run: Run, network: str, found: Sequence[Row]) -> list[dict[str, Any]]
     dataset = run.metrics("faithfulness_differences")
     if dataset is None:
         return []
-    rows = named(found, found)
-    pairs = named(found, dataset.to_table(filter=pc.field("network") == network).to_pylist())
-    leads = []
-    for name, metric in METRICS.items():
-        if name in SANITY or not metric.brief:
-            continue
-        best = lead(rows, pairs, name, metric.higher_is_better, BASELINES)
-        others = [] if best is None else [one for one in best.others if one.method not in BASELINES]
-        if best is not None and others:
-            second = min(others, key=lambda other: abs(other.value))
-            leads.append({"metric": metric.title, "best": best.best, "second": second})
-    return leads
+    pairs = dataset.to_table(filter=pc.field("network") == network).to_pylist()
+    return [
+        {"metric": metric.title, "best": best, "second": second}
+        for metric, best, second in leads(named(found, found), named(found, pairs))
+    ]
 
 
 def _charts(run: Run, network: str, found: Sequence[Row]) -> list[tuple[str, Markup]]:

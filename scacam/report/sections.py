@@ -1,7 +1,8 @@
 """Sections of the report about what other jobs measured and left in `OUT/metrics`."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -17,33 +18,44 @@ from scacam.evaluation.tables import named
 from scacam.report.charts import lines
 from scacam.runs.results import Claimant, Run
 
-__all__ = ["best_and_worst", "class_activation_weights", "localization"]
+__all__ = ["best_and_worst", "class_activation_weights", "localization", "measured"]
 
 _CHANNELS, _CLASSES = 50, 3
 _RATIOS = (-1.0, 3.0)
 _PER_CHANNEL = ("class_weights", "averaged_gradients")
 
 
+def measured(run: Run, table: str) -> Iterator[tuple[dict[str, Any], list[Row]]]:
+    """For each network in a table of metrics what a section begins with, and the table's rows.
+
+    The section has of `cells` the row of every method and metric, by their names.
+    """
+    dataset = run.metrics(table)
+    rows = [] if dataset is None else dataset.to_table().to_pylist()
+    for network, of_network in groupby(rows, key=itemgetter("network")):
+        found = list(of_network)
+        cells = {(row["method"], row["metric"]): row for row in named(found, found)}
+        section = {
+            "network": network,
+            "images": max(row["images"] for row in found),
+            "methods": list(dict.fromkeys(method for method, _ in cells)),
+            "cells": cells,
+        }
+        yield section, found
+
+
 def localization(run: Run) -> list[dict[str, Any]]:
     """For each network that was evaluated: its metrics, its curves, and what beats what."""
-    dataset = run.metrics("localization")
-    if dataset is None:
-        return []
     sections = []
-    for network, rows in groupby(dataset.to_table().to_pylist(), key=lambda row: row["network"]):
-        found = list(rows)
-        of_network = named(found, found)
-        names = {row["metric"] for row in of_network}
+    for section, found in measured(run, "localization"):
+        names = {row["metric"] for row in found}
         shown = titles(names)
         sections.append(
-            {
-                "network": network,
-                "images": max(row["images"] for row in of_network),
+            section
+            | {
                 "metrics": shown,
-                "methods": list(dict.fromkeys(row["method"] for row in of_network)),
-                "cells": {(row["method"], row["metric"]): row for row in of_network},
-                "chart": _curves(run, network, headline(names), found),
-                "differences": _differences(run, network, found, shown),
+                "chart": _curves(run, section["network"], headline(names), found),
+                "differences": _differences(run, section["network"], found, shown),
             }
         )
     return sections
@@ -70,7 +82,7 @@ def _curves(run: Run, network: str, metric: str | None, measured: list[Row]) -> 
     return lines(
         {", ".join(names): (thresholds, np.array(curve)) for curve, names in series.items()},
         "threshold, as a share of the map's maximum",
-        f"images with a box of IoU ≥ {RIGHT_IOU}",
+        f"images, IoU ≥ {RIGHT_IOU}",
         alt,
         percent=True,
     )

@@ -4,7 +4,7 @@ Needs neither torch nor Ray, works on local folders and object storage, and neve
 that a file holds.
 """
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -23,7 +23,13 @@ from scacam.localization import interpolation
 from scacam.runs.record import layers_of, read_record
 from scacam.runs.shards import Shards, shards_of
 from scacam.storage import absolute, join, locate, uri_of
-from scacam.tables import ERRORS, claimant_names, predictions_folder, unpack_heatmaps
+from scacam.tables import (
+    ERRORS,
+    claimant_names,
+    embeddings_folder,
+    predictions_folder,
+    unpack_heatmaps,
+)
 
 __all__ = ["Claimant", "Row", "Run", "open_run"]
 
@@ -204,12 +210,32 @@ class Run:
         Raises:
             RunError: there is no such network.
         """
+        return self._beside(predictions_folder, network, columns, where, image_ids)
+
+    def embeddings(
+        self,
+        network: str,
+        columns: Sequence[str] | None = None,
+        where: pc.Expression | None = None,
+        image_ids: Sequence[int] | np.ndarray | None = None,
+    ) -> ds.Scanner | None:
+        """The pooled features, one row per image, as `predictions`; None if they were not kept."""
+        return self._beside(embeddings_folder, network, columns, where, image_ids)
+
+    def _beside(
+        self,
+        folder: Callable[[str], str],
+        network: str,
+        columns: Sequence[str] | None,
+        where: pc.Expression | None,
+        image_ids: Sequence[int] | np.ndarray | None,
+    ) -> ds.Scanner | None:
         self._check_known("network", network, self.networks)
         condition = pc.scalar(True) if where is None else where
         ids = None if image_ids is None else np.unique(np.asarray(image_ids, dtype=np.int64))
         if ids is not None:
             condition = condition & _among(ids)
-        found = self._shards.predictions(predictions_folder(network), ids)
+        found = self._shards.predictions(folder(network), ids)
         return None if found is None else found.scanner(columns, filter=condition)
 
     def shards(self, network: str, layer: str) -> list[str]:

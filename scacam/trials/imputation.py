@@ -3,11 +3,13 @@
 Rong et al. 2022, A Consistent and Efficient Evaluation Strategy for Attribution Methods. Every
 removed pixel is the mean of its neighbours, the direct ones with weight 1/6, diagonal ones with
 1/12, those outside of the image left out. That is one sparse linear system per image, symmetric and
-positive definite, which is solved here for a batch at once, on the device of the images, by
-conjugate gradients with one multigrid cycle as their preconditioner.
+positive definite, which is solved here for a batch at once, on the device of the images: for the
+image at a few pixels, then at twice the size from there, and so on; in the end by conjugate
+gradients with a multigrid cycle as their preconditioner.
 """
 
-from functools import cache
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -16,98 +18,147 @@ from torch import Tensor
 __all__ = ["impute"]
 
 _DIRECT, _DIAGONAL = 1 / 6, 1 / 12
-_TOLERANCE = 1e-5
-"""Of the residual's length, as a share of what it is for zeros."""
 _ROUNDS = 100
-_COARSEST = 4
+_COARSEST, _SWEEPS = 4, 16
 
 
-def impute(images: Tensor, known: Tensor) -> Tensor:
+class _Level(NamedTuple):
+    """The pixels of images at one size, each `[1, N, h, w]`.
+
+    Attributes:
+        removed: 1 for those that are filled in, 0 for others.
+        degree, weight: of these the sum of the weights of all neighbours, and one over it.
+    """
+
+    removed: Tensor
+    degree: Tensor
+    weight: Tensor
+
+
+def impute(images: Tensor, known: Tensor, tolerance: float = 1e-5) -> Tensor:
     """Fill in what is not known of images.
 
     Args:
         images: float `[N, C, H, W]`; where they are not known their values do not matter.
         known: bool `[N, H, W]`, the same for all channels; nowhere known is 0 everywhere.
+        tolerance: by how much the last round may still change an image, as the root of the mean
+            square over its pixels. What is wrong after it is about a quarter of that.
 
     Returns:
         The images, their removed pixels at the solution; there is no noise on it.
     """
-    removed = (~known)[:, None].to(images)
-    kept = images * known[:, None]
-    # A x = b on removed pixels: A x = degree · x - Σ weight · removed neighbours of x.
-    residual = _neighbours(kept) * removed
-    levels = _levels(removed)
-    degree = levels[0][1]
-    enough = _TOLERANCE * _length(residual)
-    solution = torch.zeros_like(images)
-    direction, before = torch.zeros_like(images), None
-    for _ in range(_ROUNDS):
-        if bool((_length(residual) <= enough).all()):
-            break
-        better = _cycle(residual, levels)
-        product = _dot(residual, better)
-        ratio = torch.zeros_like(product) if before is None else _ratio(product, before)
-        direction = better + ratio * direction
-        applied = (degree * direction - _neighbours(direction)) * removed
-        step = _ratio(product, _dot(direction, applied))
-        solution += step * direction
-        residual = residual - step * applied
-        before = product
-    return kept + solution
+    values = _side_by_side(images.transpose(0, 1))
+    levels = _levels(_side_by_side((~known)[None].to(images)))
+    return _filled(values, levels, tolerance).transpose(0, 1).contiguous()
 
 
-def _levels(removed: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Which pixels are removed and their neighbours' weights, at the full size and ever coarser.
+def _side_by_side(values: Tensor) -> Tensor:
+    """`[C, N, H, W]`, on a processor with the images next to each other at every pixel.
 
-    A coarse pixel is removed if all that it stands for are.
+    So they are what it computes at once, in step, whatever their width.
     """
+    if values.device.type != "cpu":
+        return values.contiguous()
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+def _levels(removed: Tensor) -> list[_Level]:
+    """The pixels at full size and ever coarser. One is removed if all that it stands for are."""
     levels = []
     while True:
-        levels.append((removed, _degree(removed.shape[2], removed.shape[3]).to(removed)))
-        if min(removed.shape[2:]) <= _COARSEST or not bool(removed.any()):
+        # A single pixel has no neighbours, and then nothing that is known reaches it.
+        degree = _neighbours(torch.ones_like(removed)).clamp(min=_DIAGONAL)
+        levels.append(_Level(removed, removed * degree, removed / degree))
+        if max(removed.shape[2:]) <= _COARSEST:
             return levels
-        removed = -F.max_pool2d(-removed, 2, ceil_mode=True)
+        removed = (F.avg_pool2d(removed, 2, ceil_mode=True) == 1).to(removed)
 
 
-def _cycle(residual: Tensor, levels: list[tuple[Tensor, Tensor]]) -> Tensor:
+def _filled(values: Tensor, levels: Sequence[_Level], tolerance: float) -> Tensor:
+    """The solution, at the pixels that are not removed the values: `[C, N, H, W]`."""
+    filled = _started(torch.addcmul(values, values, levels[0].removed, value=-1), levels)
+    residual = _residual(levels[0], filled)
+    direction = before = torch.zeros(())
+    for _ in range(_ROUNDS):
+        better = _cycle(levels, residual)
+        last = _dot(better, better).amax() <= tolerance**2 * better[:, 0].numel()
+        product = _dot(residual, better)
+        direction = torch.addcmul(better, _ratio(product, before), direction)
+        applied = _residual(levels[0], direction)
+        step = _ratio(product, -_dot(direction, applied))
+        filled.addcmul_(step, direction)
+        if bool(last):
+            break
+        residual.addcmul_(step, applied)
+        before = product
+    return filled
+
+
+def _started(kept: Tensor, levels: Sequence[_Level]) -> Tensor:
+    """What was found at half the size, where pixels are removed, for a start.
+
+    Args:
+        kept: the values, 0 where removed.
+        levels: from this one on.
+    """
+    if len(levels) == 1:
+        return kept
+    share = 1 - F.avg_pool2d(levels[0].removed, 2, ceil_mode=True)
+    means = F.avg_pool2d(kept, 2, ceil_mode=True) / torch.where(share > 0, share, 1)
+    coarse = _started(means, levels[1:])
+    coarse = coarse + _cycle(levels[1:], _residual(levels[1], coarse))
+    return torch.addcmul(kept, levels[0].removed, _finer(coarse, kept))
+
+
+def _cycle(levels: Sequence[_Level], residual: Tensor) -> Tensor:
     """One multigrid V-cycle from zero, symmetric: about the solution for a residual."""
-    (removed, degree), coarser = levels[0], levels[1:]
-    found = residual / degree
-    if not coarser:
-        for _ in range(_COARSEST):
-            found = (residual + _neighbours(found) * removed) / degree
+    removed, _, weight = levels[0]
+    first = weight * residual
+    if len(levels) == 1:
+        found = first
+        for _ in range(_SWEEPS):
+            found = torch.addcmul(first, weight, _neighbours(found))
         return found
-    size, half = residual.shape, (*residual.shape[:2], *coarser[0][0].shape[2:])
-    left = _neighbours(found) * removed
-    sums = torch.ops.aten.upsample_bilinear2d_backward(left, size[2:], half, False)
-    found = found + removed * F.interpolate(
-        _cycle(sums * coarser[0][0], coarser), size[2:], mode="bilinear", align_corners=False
-    )
-    return (residual + _neighbours(found) * removed) / degree
+    left = _coarser(_neighbours(first).mul_(removed)).mul_(levels[1].removed)
+    found = torch.addcmul(first, removed, _finer(_cycle(levels[1:], left), first))
+    return first.addcmul_(weight, _neighbours(found))
+
+
+def _residual(level: _Level, values: Tensor) -> Tensor:
+    """What removed pixels lack to the sum of their neighbours; 0 for others."""
+    around = _neighbours(values).mul_(level.removed)
+    return around.addcmul_(level.degree, values, value=-1)
+
+
+def _coarser(values: Tensor) -> Tensor:
+    """The sum of what each coarse pixel stands for, the reverse of `_finer`."""
+    size = values.shape[2:]
+    if size[0] % 2 or size[1] % 2:
+        half = *values.shape[:2], -(-size[0] // 2), -(-size[1] // 2)
+        return torch.ops.aten.upsample_bilinear2d_backward(values, size, half, False)
+    across = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
+    return _convolved(values, torch.outer(across, across), stride=2)
+
+
+def _finer(values: Tensor, like: Tensor) -> Tensor:
+    return F.interpolate(values, like.shape[2:], mode="bilinear", align_corners=False)
 
 
 def _neighbours(values: Tensor) -> Tensor:
     """The weighted sum of each pixel's neighbours; outside of the image are none."""
-    channels = values.shape[1]
     kernel = torch.full((3, 3), _DIAGONAL)
     kernel[1, :], kernel[:, 1], kernel[1, 1] = _DIRECT, _DIRECT, 0
-    weights = kernel.to(values).expand(channels, 1, 3, 3)
-    return F.conv2d(values, weights, padding=1, groups=channels)
+    return _convolved(values, kernel, stride=1)
 
 
-@cache
-def _degree(height: int, width: int) -> Tensor:
-    """The sum of the weights of the neighbours that each pixel has: `[1, 1, H, W]`."""
-    # A single pixel has none, and then nothing that is known reaches it.
-    return _neighbours(torch.ones(1, 1, height, width)).clamp(min=_DIAGONAL)
+def _convolved(values: Tensor, kernel: Tensor, stride: int) -> Tensor:
+    images = values.shape[1]
+    weights = kernel.to(values).expand(images, 1, -1, -1)
+    return F.conv2d(values, weights, stride=stride, padding=1, groups=images)
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    return (one * other).sum((1, 2, 3), keepdim=True)
-
-
-def _length(values: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(values, dim=(1, 2, 3))
+    return (one * other).sum((0, 2, 3), keepdim=True)
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:

@@ -18,13 +18,13 @@ References:
     Yeh et al. 2019, On the (In)fidelity and Sensitivity of Explanations.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from operator import itemgetter
 
 import numpy as np
 
 from scacam.errors import ScacamError
-from scacam.evaluation.intervals import Row
+from scacam.evaluation.intervals import Difference, Row, lead
 from scacam.evaluation.metrics import Metric, Scores
 
 __all__ = [
@@ -35,6 +35,7 @@ __all__ = [
     "SANITY",
     "chosen",
     "insane",
+    "leads",
     "measured",
     "passes",
     "verdict",
@@ -60,6 +61,9 @@ them: the other stored classes are often near the first, and then their maps sho
 
 ALIKE = 0.5
 """The rank correlation from which on maps hardly change."""
+
+_SAME = 0.99
+"""The rank correlation from which on maps of two classes are the same."""
 
 _NOTHING = 1e-7
 
@@ -189,7 +193,10 @@ def insane(rows: Iterable[Row]) -> dict[str, list[str]]:
 
 
 def verdict(rows: Iterable[Row]) -> list[str]:
-    """Which methods fail which sanity check, in words: a line for each check that was made."""
+    """Which methods fail which sanity check, in words: a line for each check that was made.
+
+    And which maps are the same whatever the class: they say where a network looked, not for what.
+    """
     rows = list(rows)
     failed = insane(rows)
     lines = []
@@ -201,7 +208,34 @@ def verdict(rows: Iterable[Row]) -> list[str]:
             lines.append(f"maps hardly change {when}: {', '.join(names)}")
         else:
             lines.append(f"the maps of all methods change {when}")
+    same = [
+        row["method"]
+        for row in rows
+        if row["metric"] == "random_logit"
+        and row["method"] not in BASELINES
+        and row["ci_low"] > _SAME
+    ]
+    if same:
+        lines.append(f"maps are the same for every class: {', '.join(same)}")
     return lines
+
+
+def leads(rows: Iterable[Row], pairs: Iterable[Row]) -> Iterator[tuple[Metric, str, Difference]]:
+    """By each metric of faithfulness the best method, and what it is ahead of the next by.
+
+    Sanity checks have no best: nothing is more or less than passed. Nor has the random logit.
+
+    Args:
+        rows, pairs: of the table of metrics and of that of their differences, of one network.
+    """
+    rows, pairs = list(rows), list(pairs)
+    for name, metric in METRICS.items():
+        if name in (*SANITY, "random_logit") or not metric.brief:
+            continue
+        best = lead(rows, pairs, name, metric.higher_is_better, BASELINES)
+        others = [] if best is None else [one for one in best.others if one.method not in BASELINES]
+        if best is not None and others:
+            yield metric, best.best, min(others, key=lambda other: abs(other.value))
 
 
 def passes(names: Sequence[str], claimants: int, steps: int) -> int:

@@ -1,5 +1,6 @@
 """A network in the hands of one actor, on a GPU where there is one: who is to blame if it fails."""
 
+import gc
 import os
 import re
 from collections import Counter
@@ -64,7 +65,9 @@ class Holder:
             is_last: whether no network comes after this one.
             tally: the `progress.Tally` actor.
         """
+        gc.disable()  # what torch makes as it loads is no garbage, and there is much of it
         self.network = load()
+        gc.enable()
         self.device, self.batch_size = settle(self.network, batch_size)
         if bfloat16:
             self.network.module.bfloat16()

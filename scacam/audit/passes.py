@@ -4,64 +4,117 @@ What a task finds in some images is small and adds to what others find.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
+from itertools import islice
 from typing import NamedTuple
+from uuid import uuid4
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from scacam.audit.attention import coverage
+from scacam.audit.classes import ANSWERED, Answers, Gathered, Learnt
+from scacam.audit.components import CONFIDENT, Contributions
+from scacam.audit.kinds import KINDS, Tally, scored
 from scacam.audit.likeness import energy
 from scacam.audit.maps import TopMaps, judge
 from scacam.evaluation.truth import TrueBoxes
-from scacam.findings.classes import Answers, Gathered, Learnt
-from scacam.findings.components import CONFIDENT, Contributions
-from scacam.findings.kinds import Tally, scored
 from scacam.runs.record import same_classes
 from scacam.runs.results import Run, open_run
 
 __all__ = [
+    "AT_ONCE",
     "LISTED",
     "SUSPECTED",
     "Best",
     "Judge",
     "Judged",
     "Look",
+    "Opening",
     "Seen",
+    "Top",
     "merged",
     "top_answers",
+    "top_k",
 ]
 
 LISTED = 24
 """So many images are listed of each finding."""
+AT_ONCE = 16
+"""So many parts are added up at a time."""
 SUSPECTED = 10_000
 """So many suspects are listed of each network, at most."""
 
 
+@dataclass(frozen=True)
+class Opening:
+    """A run that each process opens once, but anew for each audit: it may have gone on since."""
+
+    path: str
+    audit: str = field(default_factory=lambda: uuid4().hex)
+
+    def run(self) -> Run:
+        """The run."""
+        return _opened(self)
+
+
+@lru_cache(maxsize=1)
+def _opened(opening: Opening) -> Run:
+    return open_run(opening.path)
+
+
 class Seen(NamedTuple):
-    """What one task learns of a network: sums and samples, and the names of its classes."""
+    """What some images teach of a network.
+
+    Attributes:
+        gathered: sums and samples.
+        answered: the sums `ANSWERED` of its K classes, `[5, K]`.
+        names: of its classes.
+    """
 
     gathered: Gathered
+    answered: np.ndarray
     names: dict[int, str]
+
+    @classmethod
+    def merge(cls, parts: "Sequence[Seen]") -> "Seen":
+        """The sum of at least one."""
+        names: dict[int, str] = {}
+        for part in parts:
+            names |= part.names
+        answered = np.sum([part.answered for part in parts], axis=0)
+        return cls(Gathered.merge(part.gathered for part in parts), answered, names)
 
 
 @dataclass(frozen=True)
 class Look:
     """The first pass over some images: what they add to what is learnt, by network."""
 
-    path: str
+    opening: Opening
     objects: Callable[[], TrueBoxes | None]
 
     def __call__(self, image_ids: np.ndarray) -> dict[str, Seen]:
         """Look at some images."""
-        run = _opened(self.path)
+        run = self.opening.run()
         found = {}
-        for name, (answers, rows) in top_answers(run, image_ids, self.objects()).items():
+        for name, (answers, called, in_top) in top_answers(run, image_ids, self.objects()).items():
             classes = run.networks[name]["num_classes"]
-            called = zip(answers.class_ids.tolist(), rows["class_name"].to_pylist(), strict=True)
-            found[name] = Seen(Gathered.update(answers, classes), dict(called))
+            labelled = np.isfinite(answers.labels)
+            columns = {
+                "images": np.ones(len(labelled)),
+                "labelled": labelled,
+                "right": answers.labels == answers.class_ids,
+                "in_top": in_top,
+                "probability": answers.probabilities,
+            }
+            answered = [
+                np.bincount(answers.class_ids, columns[name], minlength=classes)
+                for name in ANSWERED
+            ]
+            names = dict(zip(answers.class_ids.tolist(), called.to_pylist(), strict=True))
+            found[name] = Seen(Gathered.update(answers, classes), np.stack(answered), names)
         return found
 
 
@@ -98,7 +151,8 @@ class Judged(NamedTuple):
 
     Attributes:
         tally: sums over its classes.
-        images: of each finding the images that show it most; groups are `kind * K + class`.
+        images: of each finding the images that show it most; groups are `kind * K + class`. Behind
+            all kinds, of each class those of which the network is most confident.
         suspects: the most suspicious; values are score, fall and probability, and the class.
     """
 
@@ -111,15 +165,15 @@ class Judged(NamedTuple):
 class Judge:
     """The second pass over some images, by what was learnt of the classes of their networks."""
 
-    path: str
+    opening: Opening
     objects: Callable[[], TrueBoxes | None]
     learnt: Callable[[], dict[str, Learnt]]
 
     def __call__(self, image_ids: np.ndarray) -> dict[str, Judged]:
         """Judge some images."""
         learnt = self.learnt()
-        seen = top_answers(_opened(self.path), image_ids, self.objects())
-        return {name: judged(answers, learnt[name]) for name, (answers, _) in seen.items()}
+        seen = top_answers(self.opening.run(), image_ids, self.objects())
+        return {name: judged(top.answers, learnt[name]) for name, top in seen.items()}
 
 
 def judged(answers: Answers, learnt: Learnt) -> Judged:
@@ -133,6 +187,9 @@ def judged(answers: Answers, learnt: Learnt) -> Judged:
         groups.append(place * classes + answers.class_ids[listed].astype(np.int64))
         ids.append(answers.image_ids[listed])
         scores.append(found.scores[listed])
+    groups.append(len(KINDS) * classes + answers.class_ids.astype(np.int64))
+    ids.append(answers.image_ids)
+    scores.append(answers.probabilities)
     images = Best(np.concatenate(groups), np.concatenate(ids), np.concatenate(scores)[:, None])
     falls = learnt.falls(answers)
     wrong = np.isfinite(answers.labels) & (answers.labels != answers.class_ids)
@@ -148,31 +205,43 @@ def judged(answers: Answers, learnt: Learnt) -> Judged:
 
 
 def merged(parts: Iterable[dict[str, Judged]]) -> dict[str, Judged]:
-    """What was found in all images, by network."""
+    """What was found in all images, by network, some parts at a time."""
     totals: dict[str, Judged] = {}
-    for part in parts:
-        for name, found in part.items():
-            if name not in totals:
-                totals[name] = found
-                continue
-            total = totals[name]
+    parts = iter(parts)
+    while few := list(islice(parts, AT_ONCE)):
+        for name in {name: None for part in few for name in part}:
+            found = [part[name] for part in few if name in part]
+            found += [totals[name]] if name in totals else []
             totals[name] = Judged(
-                Tally.merge([total.tally, found.tally]),
-                Best.joined([total.images, found.images], LISTED),
-                Best.joined([total.suspects, found.suspects], SUSPECTED),
+                Tally.merge(one.tally for one in found),
+                Best.joined([one.images for one in found], LISTED),
+                Best.joined([one.suspects for one in found], SUSPECTED),
             )
     return totals
 
 
-def top_answers(
-    run: Run, image_ids: np.ndarray, objects: TrueBoxes | None
-) -> dict[str, tuple[Answers, pa.Table]]:
-    """The top answers of the networks to some images, and their rows, as far as there are any."""
+class Top(NamedTuple):
+    """The top answers of a network to N images.
+
+    Attributes:
+        answers: these.
+        class_names: string `[N]`.
+        in_top: bool `[N]`, whether the label is among the top classes, five at most.
+    """
+
+    answers: Answers
+    class_names: pa.ChunkedArray
+    in_top: np.ndarray
+
+
+def top_answers(run: Run, image_ids: np.ndarray, objects: TrueBoxes | None) -> dict[str, Top]:
+    """The top answers of the networks to some images, as far as there are any."""
     read = {name: _read(run, name, image_ids, objects) for name in run.networks}
-    found = {name: pair for name, pair in read.items() if len(pair[1])}
-    for name, (answers, rows) in found.items():
-        denied = np.full((len(found), len(rows)), np.nan)
-        for place, (other, (its, _)) in enumerate(found.items()):
+    found = {name: top for name, top in read.items() if len(top.in_top)}
+    for name, top in found.items():
+        answers = top.answers
+        denied = np.full((len(found), len(top.in_top)), np.nan)
+        for place, (other, (its, *_)) in enumerate(found.items()):
             if other != name and same_classes(run.networks[name], run.networks[other]):
                 _, mine, theirs = np.intersect1d(
                     answers.image_ids, its.image_ids, return_indices=True
@@ -180,24 +249,28 @@ def top_answers(
                 denied[place, mine] = answers.class_ids[mine] != its.class_ids[theirs]
         known = np.isfinite(denied).sum(0)
         others = np.where(known > 0, np.nansum(denied, 0) / np.maximum(known, 1), np.nan)
-        found[name] = answers._replace(others=others), rows
+        found[name] = top._replace(answers=answers._replace(others=others))
     return found
 
 
 _COLUMNS = (
-    *("image_id", "label", "class_id", "class_name", "probability", "heatmap"),
+    *("image_id", "label", "class_id", "class_name", "rank", "probability", "heatmap"),
     *("view_x0", "view_y0", "view_x1", "view_y1"),
 )
 
 
-def _read(
-    run: Run, network: str, image_ids: np.ndarray, objects: TrueBoxes | None
-) -> tuple[Answers, pa.Table]:
-    claimant, top = judge(run, network), pc.field("rank") == 1
+def top_k(run: Run) -> int:
+    """So many classes of an image count as its top ones."""
+    return min(5, int(run.config["top_k"]))
+
+
+def _read(run: Run, network: str, image_ids: np.ndarray, objects: TrueBoxes | None) -> Top:
+    claimant, top = judge(run, network), pc.field("rank") <= top_k(run)
     table = run.explanations(
         network, claimant.method, _COLUMNS, top, image_ids, layer=claimant.layer
     ).to_table()
-    rows = table.sort_by("image_id")
+    labelled = table.filter(pc.field("label") == pc.field("class_id"))["image_id"]
+    rows = table.filter(pc.field("rank") == 1).sort_by("image_id")
     packed = rows["heatmap"].combine_chunks()
     heatmaps = packed.storage.flatten().to_numpy(zero_copy_only=False).astype(np.float32)
     maps = TopMaps(rows.drop_columns("heatmap"), heatmaps.reshape(len(rows), *claimant.map_shape))
@@ -215,7 +288,8 @@ def _read(
         np.full(len(rows), np.nan, dtype=np.float32),
         contributions,
     )
-    return answers, maps.rows
+    in_top = np.isin(answers.image_ids, labelled.to_numpy())
+    return Top(answers, maps.rows["class_name"], in_top)
 
 
 def _contributions(run: Run, network: str, image_ids: np.ndarray) -> Contributions | None:
@@ -227,9 +301,3 @@ def _contributions(run: Run, network: str, image_ids: np.ndarray) -> Contributio
     rows = found.to_table().sort_by("image_id")
     columns = (rows[name].combine_chunks().flatten().to_numpy() for name in names)
     return Contributions(*(column.reshape(len(rows), -1) for column in columns))
-
-
-@lru_cache(maxsize=1)
-def _opened(path: str) -> Run:
-    """A run, opened once in each process."""
-    return open_run(path)

@@ -17,8 +17,8 @@ import pyarrow as pa
 from scipy.special import stdtr
 
 from scacam.audit.attention import BORDER_AREA, CORNER_AREA, border_cells, corner_cells, outside
-from scacam.findings.classes import Answers, Learnt
-from scacam.findings.components import CONFIDENT, MIN_IMAGES
+from scacam.audit.classes import Answers, Learnt
+from scacam.audit.components import CONFIDENT, MIN_IMAGES
 
 __all__ = [
     "FINDINGS",

@@ -4,14 +4,15 @@ Arrays in, arrays out. Memory does not grow with the number of images: of each c
 and a sample of so many images, the same whatever the parts.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 
-from scacam.findings.components import (
+from scacam.audit.components import (
     CONFIDENT,
     MIN_IMAGES,
     Contributions,
@@ -19,12 +20,38 @@ from scacam.findings.components import (
     find_shortcut,
 )
 
-__all__ = ["SAMPLE", "Answers", "Gathered", "Learnt", "Parts", "find_parts"]
+__all__ = ["ANSWERED", "CLASSES", "SAMPLE", "Answers", "Gathered", "Learnt", "Parts", "find_parts"]
+
+CLASSES = pa.schema(
+    [
+        ("network", pa.string()),
+        ("class_id", pa.int32()),
+        ("class_name", pa.string()),
+        ("images", pa.int64()),
+        ("labelled", pa.int64()),
+        ("right", pa.int64()),
+        ("in_top", pa.int64()),
+        ("probability", pa.float64()),
+        ("map", pa.list_(pa.float32())),
+        ("map_height", pa.int16()),
+        ("map_width", pa.int16()),
+        ("confident", pa.list_(pa.int64())),
+    ]
+)
+"""One row per class that a network says of an image: of how many, how many of them are labelled,
+of how many the label confirms it, and of how many the label is among the top classes, five at most;
+the mean probability, the mean map, row by row, and the images of which it is most confident."""
+
+ANSWERED = ("images", "labelled", "right", "in_top", "probability")
+"""Of these columns there are sums."""
 
 SAMPLE = 256
 """So many images of a class are kept to find its component and its sorts of maps."""
 _ROUNDS = 20
 _AT_ONCE = 16
+_CLASSES_AT_ONCE = 32
+
+Each = Callable[[Callable[["Answers"], Any], Iterable["Answers"]], Iterable[Any]]
 
 
 class Answers(NamedTuple):
@@ -220,30 +247,41 @@ class Gathered:
             )
         return total
 
-    def learn(self) -> Learnt:
-        """What is known of the classes."""
+    def learn(self, each: Each = map) -> Learnt:
+        """What is known of the classes; some at a time, by whatever `each` does as `map` does."""
         some = self.mapped > 0
         shape = self.totals.shape[1:]
         usual = np.zeros(shape)
         if some.any():
             usual = np.median(self.totals[some] / self.mapped[some, None, None], axis=0)
-        answers = self.sample
-        shortcuts: dict[int, Shortcut] = {}
-        if answers.contributions is not None:
-            for class_id, rows in answers.by_class(answers.probabilities >= CONFIDENT):
-                if len(rows) >= MIN_IMAGES:
-                    shortcuts[class_id] = find_shortcut(
-                        answers.contributions.of(rows),
-                        answers.probabilities[rows],
-                        shape,
-                        None if answers.coverage is None else answers.coverage[rows],
-                    )
-        parts: dict[int, Parts] = {}
-        for class_id, rows in answers.by_class(answers.mapped):
-            divided = find_parts(answers.shares[rows]) if len(rows) >= MIN_IMAGES else None
-            if divided is not None:
-                parts[class_id] = divided
-        return Learnt(self.mapped, self.totals, self.squares, usual, shortcuts, parts)
+        classes = np.unique(self.sample.class_ids)
+        few = np.array_split(classes, max(1, -(-len(classes) // _CLASSES_AT_ONCE)))
+        samples = (self.sample.of(np.isin(self.sample.class_ids, chosen)) for chosen in few)
+        learnt = Learnt(self.mapped, self.totals, self.squares, usual, {}, {})
+        for shortcuts, parts in each(_learnt, samples):
+            learnt.shortcuts.update(shortcuts)
+            learnt.parts.update(parts)
+        return learnt
+
+
+def _learnt(answers: Answers) -> tuple[dict[int, Shortcut], dict[int, Parts]]:
+    """Of the samples of some classes."""
+    shortcuts: dict[int, Shortcut] = {}
+    if answers.contributions is not None:
+        for class_id, rows in answers.by_class(answers.probabilities >= CONFIDENT):
+            if len(rows) >= MIN_IMAGES:
+                shortcuts[class_id] = find_shortcut(
+                    answers.contributions.of(rows),
+                    answers.probabilities[rows],
+                    answers.shares.shape[1:],
+                    None if answers.coverage is None else answers.coverage[rows],
+                )
+    parts: dict[int, Parts] = {}
+    for class_id, rows in answers.by_class(answers.mapped):
+        divided = find_parts(answers.shares[rows]) if len(rows) >= MIN_IMAGES else None
+        if divided is not None:
+            parts[class_id] = divided
+    return shortcuts, parts
 
 
 def _joined(parts: Sequence[Answers]) -> Answers:
