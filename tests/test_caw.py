@@ -4,15 +4,22 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from scacam import load_network
 from scacam.explainer import observe
+from scacam.inputs.manifest import read_manifest
+from scacam.jobs import caw
 from scacam.jobs.command import run_job
 from scacam.methods.caw import CAW, Weights, relate, verdict
 from scacam.methods.gradients import averaged
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.rows import sampling_of
+from scacam.tables import MANIFEST
 
 main = partial(run_job, "caw")
 
@@ -124,6 +131,49 @@ def test_the_job(photo_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str
             np.testing.assert_allclose(row["class_weights"], weights[row["class_id"]])
             np.testing.assert_allclose(row["averaged_gradients"], weights[row["class_id"]] / 64)
         assert (row["class_weights"] is None) == (row["network"] == "alexnet")
+
+
+def test_what_was_seen_is_taken_up_again(photo_folder, tmp_path: Path) -> None:
+    """Half before the stop and half after it, with an image that fails in each."""
+    folder = photo_folder(12)
+    for name in ("broken.jpg", "photo 0003.jpg"):
+        (folder / name).write_bytes(b"no image")
+    network = load_network("tests.tiny_networks:colours")
+    manifest = read_manifest(str(folder)).table
+    decode = Decode([sampling_of(network.preprocessing)], "center_crop", None)
+    observe = caw.Observe(lambda: network, sampling=0, batch_size=4, is_last=False, tally=None)
+    whole = caw.Seen.before(str(tmp_path / "whole.npz"), manifest, [network])
+    whole.add(observe(decode(manifest)))
+    path = str(tmp_path / "caw.partial.npz")
+    stopped = caw.Seen.before(path, manifest, [network])
+    stopped.add(observe(decode(manifest.slice(0, 6))))
+    stopped.save()
+    seen = caw.Seen.before(path, manifest, [network])
+    assert seen.done.tolist() == [True] * 6 + [False] * 7
+    seen.add(observe(decode(manifest.filter(pa.array(~seen.done)))))
+    assert seen.errors == whole.errors == {"not_an_image": 2}
+    assert seen.done.all()
+    (one,), (other,) = whole.weights, seen.weights
+    assert one.summary() == pytest.approx(other.summary())
+    rows = [
+        each.table().to_pandas().sort_values("class_id", ignore_index=True) for each in (one, other)
+    ]
+    pd.testing.assert_frame_equal(*rows)
+
+
+def test_what_was_seen_of_other_images_is_not_taken(tmp_path: Path, caplog) -> None:
+    network = load_network("tests.tiny_networks:colours")
+    path = str(tmp_path / "caw.partial.npz")
+    manifests = [
+        pa.Table.from_pylist([{"image_id": i, "uri": f"{name}{i}"} for i in range(3)], MANIFEST)
+        for name in "ab"
+    ]
+    seen = caw.Seen.before(path, manifests[0], [network])
+    seen.done[1], seen.errors["corrupt"] = True, 1
+    seen.save()
+    again = caw.Seen.before(path, manifests[0], [network])
+    assert (again.done.tolist(), again.errors) == ([False, True, False], {"corrupt": 1})
+    assert not caw.Seen.before(path, manifests[1], [network]).done.any()
 
 
 def test_a_job_that_cannot_run_says_so(
