@@ -2,6 +2,7 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -131,6 +132,44 @@ def test_the_job(photo_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str
             np.testing.assert_allclose(row["class_weights"], weights[row["class_id"]])
             np.testing.assert_allclose(row["averaged_gradients"], weights[row["class_id"]] / 64)
         assert (row["class_weights"] is None) == (row["network"] == "alexnet")
+
+
+@pytest.mark.long
+def test_a_job_that_is_stopped_goes_on(photo_folder, tmp_path: Path, monkeypatch) -> None:
+    """With the images that it has not seen, and comes to the same."""
+    folder, out = photo_folder(24), tmp_path / "out"
+    (folder / "broken.jpg").write_bytes(b"no image")
+    arguments = ["--input", str(folder), "--networks", "tests.tiny_networks:colours", "--output"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(caw, "rows_per_shard", lambda *_: 6)
+    save, streamed = caw.Seen.save, []
+
+    def and_stop(seen: caw.Seen) -> None:
+        save(seen)
+        streamed.append(seen.done.sum())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(caw, "_SAVED_EVERY_S", 0.0)
+        patched.setattr(caw.Seen, "save", and_stop)
+        assert main([*arguments, str(out)]) == 2
+    assert 0 < streamed[0] < 25
+    weigh = caw.weigh
+
+    def counted(manifest: pa.Table, *more: Any) -> None:
+        streamed.append(len(manifest))
+        weigh(manifest, *more)
+
+    monkeypatch.setattr(caw, "weigh", counted)
+    assert main([*arguments, str(out)]) == 0
+    assert sum(streamed) == 25
+    one, other = (pq.read_table(path / "metrics/caw.parquet") for path in (tmp_path / "whole", out))
+    for actual, expected in zip(other.to_pylist(), one.to_pylist(), strict=True):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            approximate = isinstance(value, float | list)
+            assert actual[name] == (pytest.approx(value, rel=1e-5) if approximate else value)
+    assert [path.name for path in (out / "metrics").iterdir()] == ["caw.parquet"]
 
 
 def test_what_was_seen_is_taken_up_again(photo_folder, tmp_path: Path) -> None:
