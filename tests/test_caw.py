@@ -2,17 +2,25 @@
 
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pandas as pd
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
 from scacam import load_network
 from scacam.explainer import observe
+from scacam.inputs.manifest import read_manifest
+from scacam.jobs import caw
 from scacam.jobs.command import run_job
 from scacam.methods.caw import CAW, Weights, relate, verdict
 from scacam.methods.gradients import averaged
+from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.rows import sampling_of
+from scacam.tables import MANIFEST
 
 main = partial(run_job, "caw")
 
@@ -124,6 +132,87 @@ def test_the_job(photo_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str
             np.testing.assert_allclose(row["class_weights"], weights[row["class_id"]])
             np.testing.assert_allclose(row["averaged_gradients"], weights[row["class_id"]] / 64)
         assert (row["class_weights"] is None) == (row["network"] == "alexnet")
+
+
+@pytest.mark.long
+def test_a_job_that_is_stopped_goes_on(photo_folder, tmp_path: Path, monkeypatch) -> None:
+    """With the images that it has not seen, and comes to the same."""
+    folder, out = photo_folder(24), tmp_path / "out"
+    (folder / "broken.jpg").write_bytes(b"no image")
+    arguments = ["--input", str(folder), "--networks", "tests.tiny_networks:colours", "--output"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    monkeypatch.setattr(caw, "rows_per_shard", lambda *_: 6)
+    save, streamed = caw.Seen.save, []
+
+    def and_stop(seen: caw.Seen) -> None:
+        save(seen)
+        streamed.append(seen.done.sum())
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(caw, "_SAVED_EVERY_S", 0.0)
+        patched.setattr(caw.Seen, "save", and_stop)
+        assert main([*arguments, str(out)]) == 2
+    assert 0 < streamed[0] < 25
+    weigh = caw.weigh
+
+    def counted(manifest: pa.Table, *more: Any) -> None:
+        streamed.append(len(manifest))
+        weigh(manifest, *more)
+
+    monkeypatch.setattr(caw, "weigh", counted)
+    assert main([*arguments, str(out)]) == 0
+    assert sum(streamed) == 25
+    one, other = (pq.read_table(path / "metrics/caw.parquet") for path in (tmp_path / "whole", out))
+    for actual, expected in zip(other.to_pylist(), one.to_pylist(), strict=True):
+        assert actual.keys() == expected.keys()
+        for name, value in expected.items():
+            approximate = isinstance(value, float | list)
+            assert actual[name] == (pytest.approx(value, rel=1e-5) if approximate else value)
+    assert [path.name for path in (out / "metrics").iterdir()] == ["caw.parquet"]
+
+
+def test_what_was_seen_is_taken_up_again(photo_folder, tmp_path: Path) -> None:
+    """Half before the stop and half after it, with an image that fails in each."""
+    folder = photo_folder(12)
+    for name in ("broken.jpg", "photo 0003.jpg"):
+        (folder / name).write_bytes(b"no image")
+    network = load_network("tests.tiny_networks:colours")
+    manifest = read_manifest(str(folder)).table
+    decode = Decode([sampling_of(network.preprocessing)], "center_crop", None)
+    observe = caw.Observe(lambda: network, sampling=0, batch_size=4, is_last=False, tally=None)
+    whole = caw.Seen.before(str(tmp_path / "whole.npz"), manifest, [network])
+    whole.add(observe(decode(manifest)))
+    path = str(tmp_path / "caw.partial.npz")
+    stopped = caw.Seen.before(path, manifest, [network])
+    stopped.add(observe(decode(manifest.slice(0, 6))))
+    stopped.save()
+    seen = caw.Seen.before(path, manifest, [network])
+    assert seen.done.tolist() == [True] * 6 + [False] * 7
+    seen.add(observe(decode(manifest.filter(pa.array(~seen.done)))))
+    assert seen.errors == whole.errors == {"not_an_image": 2}
+    assert seen.done.all()
+    (one,), (other,) = whole.weights, seen.weights
+    assert one.summary() == pytest.approx(other.summary())
+    rows = [
+        each.table().to_pandas().sort_values("class_id", ignore_index=True) for each in (one, other)
+    ]
+    pd.testing.assert_frame_equal(*rows)
+
+
+def test_what_was_seen_of_other_images_is_not_taken(tmp_path: Path, caplog) -> None:
+    network = load_network("tests.tiny_networks:colours")
+    path = str(tmp_path / "caw.partial.npz")
+    manifests = [
+        pa.Table.from_pylist([{"image_id": i, "uri": f"{name}{i}"} for i in range(3)], MANIFEST)
+        for name in "ab"
+    ]
+    seen = caw.Seen.before(path, manifests[0], [network])
+    seen.done[1], seen.errors["corrupt"] = True, 1
+    seen.save()
+    again = caw.Seen.before(path, manifests[0], [network])
+    assert (again.done.tolist(), again.errors) == ([False, True, False], {"corrupt": 1})
+    assert not caw.Seen.before(path, manifests[1], [network]).done.any()
 
 
 def test_a_job_that_cannot_run_says_so(

@@ -3,10 +3,16 @@
     scacam caw --input photos/ --output out/ --networks resnet18 squeezenet1_1 densenet161
 
 Takes each image for the class that a network says it is. Writes OUT/metrics/caw.parquet, one row
-per network and class, and says where the relation is linear. OUT may be the output of a run.
+per network and class, and says where the relation is linear. OUT may be the output of a run. The
+same command continues a job that was stopped, from the last minute that it kept a copy of.
 """
 
 import argparse
+import hashlib
+import io
+import json
+import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,6 +23,7 @@ import pyarrow as pa
 import ray
 import ray.data
 
+from scacam.errors import RunError
 from scacam.inputs.manifest import read_manifest
 from scacam.jobs.options import (
     add_input_options,
@@ -30,6 +37,7 @@ from scacam.pipeline.cluster import (
     TASK_CPUS,
     allot,
     await_nodes,
+    root_cause,
     rows_per_shard,
     share,
     start_ray,
@@ -39,12 +47,18 @@ from scacam.pipeline.stages.decode import Decode
 from scacam.pipeline.stages.holder import settle
 from scacam.pipeline.stages.rows import bytes_per_image, sampling_of, tensors
 from scacam.pipeline.tasks import in_tasks
+from scacam.runs.describe import describe_network, describe_run
 from scacam.runs.lock import locked
-from scacam.storage import join
+from scacam.storage import delete, join, patiently, read_bytes, write_bytes
 from scacam.storage.parquet import write_table
 
 if TYPE_CHECKING:
     from scacam.networks import Network
+
+
+logger = logging.getLogger("scacam")
+
+_SAVED_EVERY_S = 60.0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,17 +133,86 @@ def run(
     loaded = load_networks(networks, target_layer, categories, output_kind, prompts=prompts)
     path = join(output, "metrics/caw.parquet")
     with locked(output):
-        start_ray()
-        weights, errors = weigh(manifest, loaded, batch_size)
-        tables = [of_network.table() for of_network in weights]
+        seen = Seen.before(join(output, "metrics/caw.partial.npz"), manifest, loaded)
+        left = manifest.filter(pa.array(~seen.done))
+        if len(left):
+            start_ray()
+            try:
+                weigh(left, loaded, batch_size, seen)
+            except Exception as error:
+                raise RunError(
+                    f"stopped: {root_cause(error)}; the same command continues it"
+                ) from error
+        tables = [of_network.table() for of_network in seen.weights]
         write_table(path, pa.concat_tables(tables))
-    return Result(path, weights, len(manifest), errors)
+        delete(seen.path)
+    return Result(path, seen.weights, len(manifest), seen.errors)
+
+
+@dataclass
+class Seen:
+    """What the images so far come to; a copy is kept, so that the same command continues.
+
+    Attributes:
+        path: where the copy lies.
+        of: a digest of the images and networks that it is of.
+        weights: of each network.
+        errors: how many images failed, by kind.
+        done: bool, image by image.
+    """
+
+    path: str
+    of: str
+    weights: Sequence[Weights]
+    errors: Counter[str]
+    done: np.ndarray
+
+    @classmethod
+    def before(cls, path: str, manifest: pa.Table, networks: Sequence["Network"]) -> "Seen":
+        """What an earlier job left that was stopped and was of the same; else nothing yet."""
+        asked = describe_run(manifest, []), [describe_network(network, []) for network in networks]
+        of = hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+        weights = [_weights_of(network) for network in networks]
+        seen = cls(path, of, weights, Counter(), np.zeros(len(manifest), dtype=bool))
+        try:
+            found = np.load(io.BytesIO(read_bytes(path)))
+        except FileNotFoundError:
+            return seen
+        if str(found["of"]) == of:
+            seen.done = found["done"]
+            seen.errors.update(found["errors"].tolist())
+            for index, of_network in enumerate(weights):
+                names = of_network.state()
+                of_network.restore({name: found[f"{index} {name}"] for name in names})
+            logger.info("%d of %d images were seen before", seen.done.sum(), len(manifest))
+        return seen
+
+    def add(self, block: pa.Table) -> None:
+        """Add the images of a block."""
+        self.done[block["image_id"].to_numpy()] = True
+        self.errors.update(block["error"].drop_null().to_pylist())
+        for of_network in self.weights:
+            ids = block[f"class {of_network.network}"].to_numpy()
+            averaged = tensors(block[f"averaged {of_network.network}"])
+            of_network.add(ids[ids >= 0], averaged[ids >= 0])
+
+    def save(self) -> None:
+        """Keep a copy."""
+        states: dict[str, Any] = {
+            f"{index} {name}": values
+            for index, of_network in enumerate(self.weights)
+            for name, values in of_network.state().items()
+        }
+        errors = np.array([*self.errors.elements()], dtype=str)
+        content = io.BytesIO()
+        np.savez(content, of=np.array(self.of), done=self.done, errors=errors, **states)
+        patiently(lambda: write_bytes(self.path, content.getvalue()))
 
 
 def weigh(
-    manifest: pa.Table, networks: Sequence["Network"], batch_size: int | None
-) -> tuple[list[Weights], Counter[str]]:
-    """Stream the images through the networks; returns their weights and the errors by kind."""
+    manifest: pa.Table, networks: Sequence["Network"], batch_size: int | None, seen: Seen
+) -> None:
+    """Stream images through the networks, and add them to what was seen."""
     costs = [seconds_per_image(network) for network in networks]
     allotments = allot(costs, await_nodes(None), len(manifest))
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
@@ -159,19 +242,16 @@ def weigh(
             num_cpus=allotment.num_cpus,
             num_gpus=allotment.num_gpus or None,
         )
-    weights = [_weights_of(network) for network in networks]
-    errors: Counter[str] = Counter()
+    saved = time.monotonic()
     with shown(tally, len(manifest)):
         block: pa.Table
         for block in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             if not len(block):
                 continue
-            errors.update(block["error"].drop_null().to_pylist())
-            for of_network in weights:
-                ids = block[f"class {of_network.network}"].to_numpy()
-                averaged = tensors(block[f"averaged {of_network.network}"])
-                of_network.add(ids[ids >= 0], averaged[ids >= 0])
-    return weights, errors
+            seen.add(block)
+            if time.monotonic() - saved >= _SAVED_EVERY_S:
+                seen.save()
+                saved = time.monotonic()
 
 
 def _weights_of(network: "Network") -> Weights:

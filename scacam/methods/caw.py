@@ -6,7 +6,7 @@ over images, so that one sees where the linear relation holds, and up to what.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -112,6 +112,24 @@ class Weights:
         self._ids.append(class_ids)
         if self.class_weights is not None:
             self._relations.append(relate(self.class_weights[class_ids], averaged))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """All that was added, as arrays; `restore` of another one takes them."""
+        relations = [np.stack(relation) for relation in self._relations]
+        channels = len(next(iter(self._sums.values()))) if self._sums else 0
+        return {
+            "classes": np.array(list(self._sums), dtype=np.int64),
+            "sums": np.array(list(self._sums.values())).reshape(len(self._sums), channels),
+            "ids": np.concatenate([np.zeros(0, dtype=np.int64), *self._ids]),
+            "relations": np.concatenate([np.zeros((len(Relation._fields), 0)), *relations], axis=1),
+        }
+
+    def restore(self, state: Mapping[str, np.ndarray]) -> None:
+        """Begin with what another one came to."""
+        self._sums = dict(zip(state["classes"].tolist(), state["sums"], strict=True))
+        self._ids = [state["ids"]]
+        if self.class_weights is not None:
+            self._relations = [Relation(*state["relations"])]
 
     @property
     def images(self) -> int:
