@@ -177,7 +177,7 @@ def test_networks_of_different_classes_are_not_compared_by_class(plain: Path) ->
 def test_report(labelled: Path, folder: Path, evaluated: bool) -> None:
     if evaluated:
         evaluate.run(run=str(labelled), boxes=str(folder / "boxes.csv"))
-        audit.run(run=str(labelled))
+    audit.run(run=str(labelled))
     page = Path(report.run(run=str(labelled)).path).read_text()
     assert not re.search(r"\bNone\b", page)
     assert not re.search(r"\bnan\b", page)

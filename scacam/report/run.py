@@ -39,16 +39,18 @@ def report(run: Run) -> str:
     Raises:
         RunError: the run cannot be read, or nothing in it was explained.
     """
-    if not len(np.setdiff1d(run.image_ids, run.errors["image_id"].to_numpy())):
+    explained = run.image_ids[~np.isin(run.image_ids, run.errors["image_id"].to_numpy())]
+    if not len(explained):
         raise RunError(f"{run.path}: no image was explained; its errors say why")
-    return render("report.html", _Content(run).all())
+    return render("report.html", _Content(run, explained).all())
 
 
 class _Content:
     """What the template of the report is filled with."""
 
-    def __init__(self, run: Run) -> None:
-        self.run = run
+    def __init__(self, run: Run, image_ids: np.ndarray) -> None:
+        """Of a run of which so many images have no error."""
+        self.run, self.image_ids = run, image_ids
         self.networks = list(run.networks)
         self.judges = {name: judge(run, name) for name in self.networks}
         self.audited, self.pairs = audited(run)
@@ -94,9 +96,9 @@ class _Content:
         """Images evenly spaced through those explained, few enough for all methods' pictures."""
         pictures = sum(len(self.run.claimants(name)) for name in self.networks)
         count = max(1, min(_SPREAD, _MATRIX // pictures))
-        ids = np.setdiff1d(self.run.image_ids, self.run.errors["image_id"].to_numpy())
-        places = np.linspace(0, len(ids) - 1, min(count, len(ids))).round().astype(int)
-        return ids[places].tolist()
+        last = len(self.image_ids) - 1
+        places = np.linspace(0, last, min(count, last + 1)).round().astype(int)
+        return self.image_ids[places].tolist()
 
     def _notices(self) -> list[str]:
         """What a reader must know before believing anything."""
