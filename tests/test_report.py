@@ -181,9 +181,9 @@ def test_every_picture_has_words_for_those_who_cannot_see_it(evaluated: Path) ->
 def test_the_worst_class_comes_first_and_is_not_accused(evaluated: Path) -> None:
     words = _Page(evaluated.read_text()).words
     start = words.index("Classes to look at first")
-    classes = words[start : words.index("What ran")]
-    assert classes.index("a \"quoted\" & 'odd' class") < classes.index(EVIL, 60)
-    assert "No class stands out among the 2 judged" in words[:start]
+    classes = words[start : words.index("Right for the wrong reason")]
+    assert classes.index("a \"quoted\" & 'odd' class") < classes.index(f"{EVIL}6")
+    assert "No class stands out among the 2 judged" in classes
 
 
 def test_errors_are_counted_by_the_labels(evaluated: Path) -> None:
@@ -363,3 +363,13 @@ def test_a_run_on_object_storage_is_read_and_reported_there(tmp_path: Path) -> N
         assert bucket.get_file_info("out/pictures/photo.png").size > 5000
     finally:
         store.stop()
+
+
+def test_a_chart_of_points_draws_them():
+    """Where they are, without a reference to a shape that stands elsewhere in the page."""
+    points = {name: (np.array([x]), np.array([0.5])) for name, x in (("one", 0.25), ("two", 0.75))}
+    chart = str(lines(points, "across", "up", "two points", points=True))
+    places = [float(x) for x in re.findall(r'translate\(([\d.]+) [\d.]+\)"[^>]*><path d=', chart)]
+    assert len(places) == 4  # and two in the legend
+    assert places[0] < places[1]
+    assert "href" not in chart

@@ -16,6 +16,7 @@ __all__ = ["lines"]
 _INK = "#010203"
 _COLOURS = ("#0085d1", "#e08a00", "#00a37a", "#c9699f", "#d55e00", "#7d7d7d")
 _DASHES = ("solid", (0, (6, 2)), (0, (2, 1.5)), (0, (6, 2, 1.5, 2)))
+_SHAPES = "osD^vPX"
 _BESIDE = 4
 _STYLE: Any = {
     "text.parse_math": False,
@@ -41,7 +42,7 @@ def lines(
     alt: str,
     percent: bool = False,
     y_range: tuple[float, float] | None = None,
-    marker: str | None = None,
+    points: bool = False,
 ) -> Markup:
     """Draw curves into one chart.
 
@@ -51,7 +52,7 @@ def lines(
         alt: what the chart shows, for those who cannot see it.
         percent: whether both axes are shares, to be written as percentages.
         y_range: lowest and highest y to be shown; values beyond it are left out.
-        marker: of each point, for series that are a point each.
+        points: whether to draw points and no lines between them.
 
     Returns:
         An `svg` element.
@@ -63,18 +64,24 @@ def lines(
         low, high = y_range or (-np.inf, np.inf)
         for index, (name, (x, y)) in enumerate(series.items()):
             y = np.where((y >= low) & (y <= high), y, np.nan)
+            colour = _COLOURS[index % len(_COLOURS)]
+            if points:
+                shape = _SHAPES[index % len(_SHAPES)]
+                axes.scatter(
+                    x, y, 60, marker=shape, color=colour, label=name, clip_on=False, zorder=3
+                )
+                continue
             axes.plot(
                 x,
                 y,
                 label=name,
-                color=_COLOURS[index % len(_COLOURS)],
-                linestyle=_DASHES[index % len(_DASHES)],
+                color=colour,
+                linestyle=_DASHES[(index + index // 12) % len(_DASHES)],  # 24 pairs with colours
                 linewidth=1.8,
-                marker=marker,
                 clip_on=False,
             )
         axes.set(xlabel=x_label, ylabel=y_label, ylim=y_range)
-        axes.margins(x=0.05 if marker else 0)
+        axes.margins(x=0.05 if points else 0)
         axes.tick_params(bottom=False, left=False)
         axes.grid(axis="y", color="#80808040", linewidth=0.8, clip_on=False)
         if percent:
@@ -92,6 +99,15 @@ def lines(
 def _inline(document: str, alt: str) -> Markup:
     """From an SVG document to an element of a page: no declarations, no ids, the page's colour."""
     svg = document[document.index("<svg") :]
+    shapes = dict(re.findall(r'<path id="([^"]*)" ([^>]*)/>', svg))
+    svg = re.sub(
+        r'<use xlink:href="#([^"]*)" x="([^"]*)" y="([^"]*)" style="([^"]*)"/>',
+        lambda use: (
+            f'<g transform="translate({use[2]} {use[3]})" style="{use[4]}">'
+            f"<path {shapes[use[1]]}/></g>"
+        ),
+        svg,
+    )
     svg = re.sub(r"<metadata>.*?</metadata>|<defs>.*?</defs>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r'\s(xmlns(:\w+)?|id|clip-path)="[^"]*"', "", svg)
     svg = svg.replace(_INK, "currentColor")

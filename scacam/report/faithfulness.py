@@ -112,7 +112,7 @@ def _against_localization(
     axes = titles(names)[by], METRICS[faithful].title
     points = {method: (np.array([across[method]]), np.array([up[method]])) for method in shared}
     alt = f"{axes[1]} over {axes[0]} of the methods of {network}"
-    return {"axes": axes, "chart": lines(points, *axes, alt, percent=True, marker="o")}
+    return {"axes": axes, "chart": lines(points, *axes, alt, percent=True, points=True)}
 
 
 def _values(rows: Sequence[Row], metric: str) -> Mapping[str, float]:

@@ -106,15 +106,23 @@ class Case:
 
     def ask(self, images: Tensor, of_images: Tensor) -> Tensor:
         """The probabilities `[N]` of the classes of those images which these were made of."""
-        logits = self.network.logits(images.to(self.dtype))
+        logits = self.network.logits(self._laid_out(images))
         probabilities = self.network.probabilities(logits)
         return probabilities.gather(1, self.class_ids[of_images, None])[:, 0]
+
+    def _laid_out(self, images: Tensor) -> Tensor:
+        """In memory like the images of the case, for networks differ in speed by that: a quarter
+        for EfficientNet-Lite0 on a processor.
+        """
+        last = torch.channels_last
+        like = last if self.images.is_contiguous(memory_format=last) else torch.contiguous_format
+        return images.to(self.dtype, memory_format=like)
 
     def explain(self, images: Tensor, of_images: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Those probabilities, and of each claimant the maps `[N, h, w]` of the same classes."""
         assert self.explainer is not None
         wanted = self.class_ids[of_images]
-        found = self.explainer(images.to(self.dtype), wanted)
+        found = self.explainer(self._laid_out(images), wanted)
         probabilities = self.network.probabilities(found.logits).gather(1, wanted[:, None])[:, 0]
         maps = []
         for claimant in self.claimants:
