@@ -22,6 +22,7 @@ from scacam.pipeline.cluster import root_cause, start_ray
 from scacam.pipeline.progress import Held, Tally, start_tally, taken_up
 from scacam.pipeline.stages.decode import Decode
 from scacam.pipeline.stages.explain import Explain
+from scacam.pipeline.stages.rows import said
 from tests.faulty_networks import ILLEGAL
 from tests.tiny_networks import colours, greedy
 
@@ -104,9 +105,10 @@ def test_the_image_that_is_to_blame_is_named(with_white, error, kind):
     assert [Path(uri).name for uri in failed["uri"].to_pylist()] == ["photo 0005 white.png"]
     assert failed["error"].to_pylist() == [kind]
     assert failed["message"].to_pylist()[0].startswith(type(error).__name__)
-    (column,) = (name for name in batch.column_names if name.startswith("explanations/"))
-    lengths = batch[column].combine_chunks().value_lengths().to_pylist()
-    assert Counter(lengths) == {0: 1, sum(map(colours().supports, METHODS)): 11}
+    network = colours()
+    maps = batch[said(network.name, network.target_layer.name)].combine_chunks()
+    numbers = sum(map(network.supports, METHODS)) * 8 * 8
+    assert Counter(maps.value_lengths().to_pylist()) == {0: 1, numbers: 11}
 
 
 @pytest.mark.parametrize(
