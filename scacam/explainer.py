@@ -16,10 +16,10 @@ from scacam.methods.channels import Channels, top_channels
 from scacam.methods.gradients import Gradients
 from scacam.methods.linear_head import LinearHead
 from scacam.networks import Network
-from scacam.networks.block import attending, pruned
-from scacam.networks.head import differentiable, differentiate
-from scacam.networks.target import TargetLayer, capture
-from scacam.networks.tokens import kept
+from scacam.networks.anatomy.backward import differentiable, differentiate, through_block
+from scacam.networks.anatomy.block import Attended, LastBlock, attending, pruned
+from scacam.networks.anatomy.layer import Capture, TargetLayer, capture
+from scacam.networks.anatomy.tokens import kept
 
 __all__ = ["Explainer", "Explanation", "Observation", "observe"]
 
@@ -83,6 +83,10 @@ def observe(
         raise ScacamError(f"{len(images)} images need one label each, not {list(labels.shape)}")
     finer_layer = network.finer_layer if finer else None
     general = [layer for layer, head, *_ in network.layers if head.kind == "general"]
+    block = network.head.block
+    if block is not None and len(general) > 1:
+        block = block._replace(layer=None)  # a backward pass goes further down all the same
+    is_linear = block is not None and block.layer is not None
     wanted = {layer for layer, *_ in network.layers}
     if finer_layer is not None:
         wanted.add(finer_layer)
@@ -94,22 +98,19 @@ def observe(
         with (
             differentiable(network.module) if general else nullcontext(),
             attending(attention == "all") as blocks,
-            pruned(network.module, network.head.block) as attended,
-            capture(network.module, images.shape[2:], wanted, general) as captured,
+            pruned(network.module, block) as attended,
+            capture(
+                network.module, images.shape[2:], wanted, [] if is_linear else general
+            ) as captured,
         ):
             logits = network.logits(images)
         with _full_precision(images):
             class_ids = logits.detach().topk(top_k).indices
             if labels is not None:
                 class_ids = torch.cat([class_ids, labels[:, None]], dim=1)
-            by_autograd: dict[TargetLayer, Tensor] = {}
-            to_attention: list[Tensor] = []
-            if general:
-                leaves = [captured.of(layer) for layer in general]
-                asked_of = attended if attention != "none" else []
-                gradients = differentiate(logits, [*leaves, *asked_of], class_ids)
-                by_autograd = dict(zip(general, gradients, strict=False))
-                to_attention = gradients[len(general) :]
+            by_autograd, to_attention = _differentiated(
+                network, block, captured, attended, logits, class_ids
+            )
             finer_features = None
             if finer_layer is not None:
                 finer_features = _widened(captured.of(finer_layer).detach())
@@ -142,17 +143,49 @@ def observe(
                 if layer != network.target_layer:
                     earlier[layer.name] = seen
             shown = None
-            if to_attention:
-                count = to_attention[0].shape[-1]
-                image = kept(count, network.target_layer.others or ()).to(images.device)
-                of_last = _widened(attended[0].detach()).mean(1)
+            if attention != "none" and to_attention is not None:
+                blocks.append(attended[0].weights.detach().mean(1))
                 shown = Attention(
-                    [*map(_widened, blocks), of_last],
-                    _widened(to_attention[0]),
-                    image,
+                    [_widened(weights) for weights in blocks],
+                    _widened(to_attention),
+                    _image_tokens(network, to_attention),
                     (seen.features.shape[2], seen.features.shape[3]),
                 )
     return seen._replace(finer_features=finer_features, attention=shown, earlier=earlier)
+
+
+def _differentiated(
+    network: Network,
+    block: LastBlock | None,
+    captured: Capture,
+    attended: Sequence[Attended],
+    logits: Tensor,
+    class_ids: Tensor,
+) -> tuple[dict[TargetLayer, Tensor], Tensor | None]:
+    """Gradients with respect to the layers whose heads have none in closed form, by layer.
+
+    And those with respect to the last block's attention, if there is one.
+    """
+    general = [layer for layer, head, *_ in network.layers if head.kind == "general"]
+    if not general:
+        return {}, None
+    if block is not None and block.layer is not None:
+        to_tokens, to_attention = through_block(
+            network.module, block, attended[0], logits, class_ids
+        )
+        of_image = to_tokens.index_select(3, _image_tokens(network, to_tokens))
+        shape = captured.of(network.target_layer).shape[2:]
+        return {network.target_layer: of_image.unflatten(3, shape)}, to_attention
+    leaves = [captured.of(layer) for layer in general]
+    weights = [seen.weights for seen in attended]
+    found = differentiate(logits, [*leaves, *weights], class_ids)
+    return dict(zip(general, found, strict=False)), found[-1] if weights else None
+
+
+def _image_tokens(network: Network, of_tokens: Tensor) -> Tensor:
+    """Positions of the image's tokens in the last axis of what has one value for each."""
+    others = network.target_layer.others or ()
+    return kept(of_tokens.shape[-1], others).to(of_tokens.device)
 
 
 def _full_precision(images: Tensor) -> torch.autocast:

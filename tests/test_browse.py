@@ -62,6 +62,10 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
     images = Images(uris, [(90, 60)] * COUNT, rng.integers(-1, CLASSES, COUNT), failed=["bad.jpg"])
     path = Path(write_run(folder / "out", images, networks, shards=3, errors={"corrupt": 1}))
     evaluate(path)
+    kept = {"image_id": [4], "class_id": networks["net"].class_ids[4, :1], "channel_ids": [[3, 1]]}
+    kept["channel_contributions"] = pa.array([np.array([2, 0.5], np.float16)])
+    (path / "predictions/network=net").mkdir(parents=True)
+    pq.write_table(pa.table(kept), path / "predictions/network=net/0.parquet")
     findings = [{"finding": 7, "network": "net", "class_name": EVIL, "kind": "border"}]
     pq.write_table(pa.Table.from_pylist(findings), path / "metrics/findings.parquet")
     suspects = [{"finding": 7, "image_id": i, "score": i / 10} for i in range(0, COUNT, 9)]
@@ -171,6 +175,8 @@ def test_one_image_in_full(address: str) -> None:
     image = asked(address, "api/images/4")
     assert [network["network"] for network in image["networks"]] == ["net", "other"]
     assert [row["rank"] for row in image["networks"][0]["classes"]] == [1, 2]
+    channels = [row["channels"] for one in image["networks"] for row in one["classes"]]
+    assert channels == [[[3, 2.0], [1, 0.5]], [], [], []]
 
 
 def test_pictures(address: str, out: Path) -> None:

@@ -167,8 +167,13 @@ def test_runs_without_anything_in_common_are_refused(tmp_path: Path) -> None:
         compare_runs(first, scacam.open_run(two))
 
 
-def test_the_job_writes_its_table_and_its_page(runs: tuple[scacam.Run, scacam.Run]) -> None:
+def test_the_job_writes_its_table_and_its_page(
+    runs: tuple[scacam.Run, scacam.Run], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--runs", runs[0].path, runs[1].path]) == 0
+    said = capsys.readouterr().out
+    assert "net: 2 images, 50.0% say something else, right 50.0% before, 0.0% after" in said
+    assert "25.0% of the map of sca_cam lies elsewhere" in said
     table = pq.read_table(Path(runs[1].path) / "metrics/comparison.parquet")
     assert len(table) == 2
     assert table.schema.metadata[b"run_a"].decode() == runs[0].path

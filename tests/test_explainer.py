@@ -204,8 +204,13 @@ def test_a_batch_gives_what_its_images_give_one_by_one(network: Network) -> None
         assert alone.class_ids.tolist() == together.class_ids[index : index + 1].tolist()
         torch.testing.assert_close(alone.logits[0], together.logits[index])
         for name, maps in together.heatmaps.items():
-            difference = (alone.heatmaps[name][0] - maps[index]).abs().max()
-            assert difference <= 1e-4 * maps[index].abs().max(), name
+            one, other = _unrooted(name, alone.heatmaps[name][0]), _unrooted(name, maps[index])
+            assert (one - other).abs().max() <= 1e-4 * other.abs().max(), name
+
+
+def _unrooted(name: str, maps: Tensor) -> Tensor:
+    """Of `extent_cam` the square: near 0 the root makes 1e-4 of a rounding of 1e-8."""
+    return maps.square() if name == "extent_cam" else maps
 
 
 def _state(module: nn.Module) -> dict[str, object]:
@@ -291,10 +296,12 @@ def test_labels_are_explained_as_one_more_class(network: Network) -> None:
     assert labelled.class_ids[:, 2].tolist() == labels.tolist()
     every = Explainer(network, top_k=network.num_classes)(batch)
     for name, maps in labelled.heatmaps.items():
-        torch.testing.assert_close(maps[:, :2], plain.heatmaps[name])
+        maps = _unrooted(name, maps)
+        torch.testing.assert_close(maps[:, :2], _unrooted(name, plain.heatmaps[name]))
         for index, label in enumerate(labels):
             rank = every.class_ids[index].tolist().index(label)
-            torch.testing.assert_close(maps[index, 2], every.heatmaps[name][index, rank])
+            expected = _unrooted(name, every.heatmaps[name][index, rank])
+            torch.testing.assert_close(maps[index, 2], expected)
 
 
 def test_one_label_per_image_is_wanted() -> None:

@@ -15,8 +15,9 @@ from torchvision.models.regnet import BlockParams
 from scacam import Explainer, Network, NetworkError, Preprocessing, load_network
 from scacam.explainer import observe
 from scacam.methods import extent_cam, gap_cam, grad_cam
-from scacam.networks import target
-from scacam.networks.target import Reach, TargetLayer, find_layers
+from scacam.networks.anatomy import search
+from scacam.networks.anatomy.layer import TargetLayer
+from scacam.networks.anatomy.search import Reach, find_layers
 
 torch.set_num_threads(1)  # more of them only wait for each other on networks this small
 
@@ -398,7 +399,7 @@ def _found(module: nn.Module, size: int) -> tuple[str | None, tuple[int, int, in
     device = next(module.parameters()).device
     images = torch.empty(2, 3, size, size, device=device)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(target, "unlike_images", _class_token)  # without values all tokens are alike
+        patch.setattr(search, "unlike_images", _class_token)  # without values all tokens are alike
         found = find_layers(module.eval(), images, [], None, reach=lambda *_: Reach(False, False))
     return found.finer and found.finer.name, found.finer_shape
 

@@ -70,6 +70,16 @@ def assert_same_rows(actual: pd.DataFrame, expected: pd.DataFrame) -> None:
     assert np.abs(difference).max() < 2e-3
 
 
+def assert_same_images_kept(output: str, expected: str) -> None:
+    """The same classes have predictions, and the same images an embedding, each once."""
+    kept = {"predictions": ["image_id", "class_id", "rank"], "embeddings": ["image_id"]}
+    for kind, keys in kept.items():
+        both = [
+            ds.dataset(f"{each}/{kind}").to_table(keys).to_pandas() for each in (output, expected)
+        ]
+        pd.testing.assert_frame_equal(*(rows.sort_values(keys, ignore_index=True) for rows in both))
+
+
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory, module_photo) -> Path:
     folder = tmp_path_factory.mktemp("faults") / "photos"
@@ -132,6 +142,7 @@ def test_killed_five_times_on_local_disk(photos, quiet, tmp_path):
     output = str(tmp_path / "out")
     killed_and_continued(lambda: start(str(photos), output), output, seed=1)
     assert_same_rows(rows(output), quiet)
+    assert_same_images_kept(output, str(photos.parent / "quiet"))
     assert "nothing to do" in ended(start(str(photos), output))
 
 

@@ -4,6 +4,8 @@ import argparse
 import gc
 import pickle
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from scacam import Explainer, Network, NetworkError, Preprocessing, ScacamError,
 from scacam.images import see
 from scacam.jobs.options import add_network_options, load_networks
 from scacam.methods import DEFAULT_METHODS, METHODS
-from scacam.networks.target import TargetLayer
+from scacam.networks.anatomy.layer import TargetLayer
 from scacam.runs.describe import describe_network
 from scacam.runs.record import differences
 from scacam.storage.s3 import open_bucket
@@ -906,3 +908,20 @@ def test_every_network_with_every_method(name: str) -> None:
     assert not any(layer._forward_hooks for layer in network.module.modules())
     assert all(parameter.grad is None for parameter in network.module.parameters())
     torch.testing.assert_close(dict(network.module.state_dict()), before, rtol=0, atol=0)
+
+
+# --- What loading loads
+
+
+def test_names_of_imagenet_are_those_of_torchvision() -> None:
+    published = torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+    assert load_network("efficientnet_lite0").categories == tuple(published)
+
+
+def test_what_a_network_does_not_need_is_not_loaded() -> None:
+    """It takes two seconds of every process that holds a network."""
+    program = "import sys, scacam; scacam.load_network('efficientnet_lite0'); print(*sys.modules)"
+    command = [sys.executable, "-c", program]
+    loaded = subprocess.run(command, capture_output=True, check=True, text=True).stdout.split()
+    assert "torch" in loaded
+    assert not {"torchvision", "torch._dynamo", "timm", "transformers"} & set(loaded)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import scacam
 from scacam import RunError
+from scacam.runs.describe import package_version
 
 RAMP = np.arange(4, dtype=np.float32).reshape(2, 2)
 
@@ -219,3 +220,8 @@ def test_shards_of_other_images_are_not_opened(tmp_path: Path) -> None:
     assert found["image_id"].to_pylist() == [0, 2]
     with pytest.raises(pa.ArrowInvalid):
         run.explanations("net", image_ids=[3]).to_table()
+
+
+def test_a_package_that_another_stands_in_for_has_no_version():
+    assert package_version("numpy") == np.__version__
+    assert package_version("opencv of conda") is None

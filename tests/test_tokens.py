@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from scacam import Explainer, Network, NetworkError, Preprocessing, load_network
 from scacam.explainer import observe
-from scacam.networks.tokens import grid_of, replaced, shape_of_grid
+from scacam.networks.anatomy.tokens import grid_of, replaced, shape_of_grid
 
 torch.set_num_threads(1)  # more of them only wait for each other on networks this small
 
@@ -120,6 +120,8 @@ NETWORKS: dict[str, tuple[Callable[..., nn.Module], str, tuple[int, ...], bool]]
     "attention pooling": (_timm("vit_base_patch16_siglip_224"), "norm", (), False),
 }
 PRUNED = {"class token", "two heads", "registers", "torchvision", "biased by position", "rotary"}
+LINEAR = PRUNED - {"rotary"}
+"""Those whose keys are the same function of every token, wherever it stands."""
 
 
 @pytest.fixture(params=NETWORKS)
@@ -134,7 +136,9 @@ def case(request: pytest.FixtureRequest) -> tuple[str, Network]:
     network = Network(module, preprocessing=SQUARE)
     assert (network.target_layer.name, network.target_layer.others) == (layer, others)
     assert (network.head.is_even or network.head.kind == "pooled") == even
-    assert (network.head.block is not None) == (request.param in PRUNED)
+    block = network.head.block
+    assert (block is not None) == (request.param in PRUNED)
+    assert (block is not None and block.layer == layer) == (request.param in LINEAR)
     assert network.feature_shape[1:] == (4, 4)
     return request.param, network
 

@@ -15,9 +15,12 @@ import duckdb
 import pyarrow as pa
 from pyarrow import fs
 
+from scacam.audit.kinds import KINDS
 from scacam.errors import RunError
 from scacam.runs.results import Run
 from scacam.storage import absolute, join, locate, uri_of
+from scacam.storage.parquet import read_columns
+from scacam.tables import network_path
 
 __all__ = ["Catalog", "Question", "asked"]
 
@@ -138,18 +141,26 @@ class Catalog:
 
     @cached_property
     def names(self) -> dict[str, dict[int, str]]:
-        """By network the names of its classes, as far as they were the top of any image."""
-        return {
-            network: {row["class_id"]: row["name"] for row in rows}
-            for network, rows in self.classes.items()
-        }
+        """By network the names of its classes; of older runs, of those that are on top anywhere."""
+        filesystem, folder = locate(self.run.path)
+        names: dict[str, dict[int, str]] = {}
+        for network, rows in self.classes.items():
+            names[network] = {row["class_id"]: row["name"] for row in rows}
+            path = f"{folder}/{network_path(network)}"
+            if filesystem.get_file_info(path).type == fs.FileType.File:
+                every = read_columns(filesystem, path, ["class_id", "class_name"]).to_pylist()
+                names[network] |= {
+                    row["class_id"]: row["class_name"] for row in every if row["class_name"]
+                }
+        return names
 
     @cached_property
     def findings(self) -> list[dict[str, Any]]:
         """What `metrics/findings.parquet` names, the strongest first; none without an audit."""
         table = self.run.metrics("findings")
         names = ["finding", "network", "class_name", "kind"]
-        return [] if table is None else table.to_table(names).to_pylist()
+        rows = [] if table is None else table.to_table(names).to_pylist()
+        return [{**row, "title": KINDS[row["kind"]].title} for row in rows]
 
     def find(self, question: Question) -> pa.Table:
         """The images that a question is about, in its order.

@@ -29,6 +29,7 @@ __all__ = ["make_app"]
 
 _PAGE_MAX = 200
 _FINDINGS_MAX = 200
+_CHANNELS = 8
 _SIZES = {"small": 260, "large": 900}
 _HEADERS = {
     "Content-Security-Policy": "default-src 'self'; frame-ancestors 'none'; form-action 'none'",
@@ -150,11 +151,16 @@ class _View:
                 continue
             about |= {name: rows[0][name] for name in ("uri", "width", "height", "label")}
             classes = {row["class_id"]: row for row in rows}.values()
+            channels = self._channels(network, image_id)
             networks.append(
                 {
                     "network": network,
                     "classes": sorted(
-                        (_finite({name: row[name] for name in _CLASS}) for row in classes),
+                        (
+                            _finite({name: row[name] for name in _CLASS})
+                            | {"channels": channels.get(row["class_id"], [])}
+                            for row in classes
+                        ),
                         key=lambda row: (row["rank"] is None, row["rank"]),
                     ),
                 }
@@ -162,6 +168,19 @@ class _View:
         if not networks:
             raise HTTPException(404)
         return JSONResponse({**about, "networks": networks})
+
+    def _channels(self, network: str, image_id: int) -> dict[int, list[tuple[int, float]]]:
+        """By class the channels that add most to its logit, and how much; none if not kept."""
+        names = ["class_id", "channel_ids", "channel_contributions"]
+        found = self.run.predictions(network, names, pc.field("image_id") == image_id, [image_id])
+        rows = [] if found is None else found.to_table().to_pylist()
+        return {
+            row["class_id"]: list(
+                zip(row["channel_ids"], map(float, row["channel_contributions"]), strict=True)
+            )[:_CHANNELS]
+            for row in rows
+            if row["channel_ids"]
+        }
 
     def errors(self, request: Request) -> Response:
         """Some of the images that could not be explained."""

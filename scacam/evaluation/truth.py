@@ -138,7 +138,8 @@ def _pairs(keys: pa.ChunkedArray, images: pa.ChunkedArray) -> tuple[np.ndarray, 
     A join of Arrow's takes many times the memory, and at ten million rows does not end.
     """
     names = pc.unique(images)
-    codes = pc.index_in(images, names).to_numpy()
+    are_distinct = len(names) == len(images)  # as a rule, and a lookup takes seconds
+    codes = np.arange(len(names)) if are_distinct else pc.index_in(images, names).to_numpy()
     order = np.argsort(codes, kind="stable")
     counts = np.bincount(codes, minlength=len(names))
     wanted = pc.index_in(keys, names)

@@ -92,12 +92,14 @@ def read_manifest(
     """
     listed = partial(list_container, limit=limit, image=image_column, label=label_column)
     ignored: Counter[str] = Counter()
+    if limit is not None and limit <= _FEW_IMAGES:
+        ahead = map  # of few images no container ahead of use
     try:
         listing = _listing(source)
         if listing is not None:
             images, ignored = _from_folder(listing, listed, limit, ahead)
         else:
-            images = _from_file(source, listed, label_column)
+            images = _from_file(source, listed, label_column, ahead)
         images = images.slice(0, limit)
         if not len(images):
             raise RunError(
@@ -222,8 +224,6 @@ def _from_folder(
     ignored += Counter({UNDECODABLE: listing.undecodable})
     others: dict[str, str] = {}
     parts, count = [IMAGES.empty_table()], 0
-    if limit is not None and limit <= _FEW_IMAGES:
-        ahead = map  # of few images no container ahead of use
     for contents in _contents(listing, listed, ahead):
         parts.append(contents.images)
         ignored += contents.left_out
@@ -256,7 +256,7 @@ def _plain_images(files: Sequence[File]) -> pa.Table:
     return pa.table([pa.array(uris), pa.array(sizes, pa.int64()), *nulls], schema=IMAGES)
 
 
-def _from_file(source: str, listed: _Listed, label_column: str | None) -> pa.Table:
+def _from_file(source: str, listed: _Listed, label_column: str | None, ahead: Ahead) -> pa.Table:
     name = source.lower()
     if not name.endswith(SHEETS + CONTAINERS):
         raise RunError(
@@ -266,7 +266,7 @@ def _from_file(source: str, listed: _Listed, label_column: str | None) -> pa.Tab
         sheet = read_sheet(source, ["uri", label_column or "label"])
         if "uri" in sheet.names or not name.endswith(CONTAINERS):
             return _from_sheet(source, sheet, label_column)
-    contents = listed(absolute(source))
+    (contents,) = ahead(listed, [absolute(source)])
     if contents is None:
         raise RunError(
             f"{source} has neither a column 'uri' nor one of image bytes; it has "

@@ -35,11 +35,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """Where the page and the tables are, and the classes that B sees elsewhere, of those tested."""
+    """What changed, where the page and the tables are, and what is seen elsewhere.
+
+    Attributes:
+        page, table, classes: where they are.
+        told: in words, of each pair of networks, what changed.
+        elsewhere: the classes that B sees elsewhere.
+        tested: of how many.
+    """
 
     page: str
     table: str
     classes: str
+    told: Sequence[str]
     elsewhere: Sequence[str]
     tested: int
     ok: ClassVar[bool] = True
@@ -47,7 +55,8 @@ class Result:
     def __str__(self) -> str:
         names = ", ".join(self.elsewhere[:_TOLD]) + ", …" * (len(self.elsewhere) > _TOLD)
         return (
-            f"seen elsewhere: {len(self.elsewhere)} of {self.tested} classes"
+            "".join(f"{line}\n" for line in self.told)
+            + f"seen elsewhere: {len(self.elsewhere)} of {self.tested} classes"
             + f" ({names})" * bool(self.elsewhere)
             + f"\npage:   {self.page}\ntables: {self.table}, {self.classes}"
         )
@@ -79,4 +88,4 @@ def run(*, runs: Sequence[str]) -> Result:
     page = join(second_path, "comparison.html")
     write_bytes(page, summary.page().encode())
     elsewhere = shifts["class_name"].filter(shifts["elsewhere"]).to_pylist()
-    return Result(page, table, classes, elsewhere, len(shifts))
+    return Result(page, table, classes, summary.told(), elsewhere, len(shifts))

@@ -90,7 +90,7 @@ class Weights:
 
         Args:
             network: its name.
-            head: the kind of its head, see `scacam.networks.head.Head`.
+            head: the kind of its head, see `scacam.networks.anatomy.head.Head`.
             cells: positions of its feature map, the paper's `Z`.
             class_weights: `[classes, C]`, or None if it has none.
             categories: the names of its classes, or None.

@@ -227,17 +227,17 @@ def extent_cam(cams: Tensor, finer_features: Tensor, rounds: int = 3) -> Tensor:
     tiny = torch.finfo(cams.dtype).tiny
     cams = F.interpolate(cams, size, mode="bilinear", align_corners=False)
     classes = _top(cams.flatten(2), tiny)
-    everywhere = (1 / lengths) @ features.mT
-
-    def mean(sums: Tensor, weight: Tensor) -> Tensor:
-        return sums / weight.clamp(min=_NOTHING)
-
+    cells = features.shape[2]
     maps = classes
     for _ in range(rounds):
-        inside = (maps / lengths) @ features.mT
-        weight = maps.sum(2, keepdim=True)
-        outside = mean(everywhere - inside, features.shape[2] - weight)
-        likeness = (mean(inside, weight) - outside) @ features / lengths
+        inside = maps.sum(2, keepdim=True)
+        outside = cells - inside
+        # p is a multiple of Σ (m - mean(m)) z: one product in place of two, and nothing cancels.
+        mean = torch.where(outside > _NOTHING, inside / cells, 0)
+        multiple = 1 / inside.clamp(min=_NOTHING)
+        multiple = torch.where(outside > _NOTHING, multiple * cells / outside, multiple)
+        prototype = multiple * (((maps - mean) / lengths) @ features.mT)
+        likeness = prototype @ features / lengths
         maps = (_top(likeness, _NOTHING) * classes).sqrt()
     return maps.unflatten(2, size)
 

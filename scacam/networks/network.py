@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from scacam.errors import NetworkError
 from scacam.images import Preprocessing
 from scacam.methods import METHODS
-from scacam.networks.head import examine
+from scacam.networks.anatomy.examine import examine
 
 __all__ = ["Network"]
 

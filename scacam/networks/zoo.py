@@ -10,14 +10,14 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from importlib import import_module
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 from urllib.error import URLError
 
-import torchvision
 from torch import nn
-from torchvision.models.vgg import cfgs, make_layers
 
 from scacam.errors import NetworkError
 from scacam.images import Preprocessing
@@ -70,8 +70,9 @@ def find_recipe(name: str, weights: str) -> Recipe:
         if weights not in ("DEFAULT", "random") and not is_checkpoint(weights):
             raise NetworkError(f"{name} has no weights {weights!r}; {_ELSE}")
         return _OWN[name]
-    if name in torchvision.models.list_models(module=torchvision.models):
-        return _from_torchvision(name, weights)
+    models = import_module("torchvision.models")  # it takes seconds, which others need not wait for
+    if name in models.list_models(module=models):
+        return _from_torchvision(models, name, weights)
     raise NetworkError(
         f"unknown network {name!r}: neither torchvision nor scacam has it (timm's are written "
         "timm.NAME, Hugging Face's hf.NAME, open_clip's open_clip.NAME, a factory of your own "
@@ -79,8 +80,8 @@ def find_recipe(name: str, weights: str) -> Recipe:
     )
 
 
-def _from_torchvision(name: str, weights: str) -> Recipe:
-    published = torchvision.models.get_model_weights(name)
+def _from_torchvision(models: ModuleType, name: str, weights: str) -> Recipe:
+    published = models.get_model_weights(name)
     if weights == "random" or is_checkpoint(weights):
         chosen = next(iter(published))  # the plain one, which users' own training follows
     elif weights in published.__members__:
@@ -93,11 +94,11 @@ def _from_torchvision(name: str, weights: str) -> Recipe:
     def build(num_classes: int) -> nn.Module:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # two networks announce that initialising them is slow
-            return torchvision.models.get_model(name, weights=None, num_classes=num_classes)
+            return models.get_model(name, weights=None, num_classes=num_classes)
 
     def publish() -> nn.Module:
         try:
-            return torchvision.models.get_model(name, weights=chosen)
+            return models.get_model(name, weights=chosen)
         except (URLError, OSError, RuntimeError) as error:
             raise unavailable(name, str(chosen), error) from error
 
@@ -125,8 +126,10 @@ def unavailable(name: str, weights: str, error: Exception) -> NetworkError:
     )
 
 
+@cache
 def _imagenet_categories() -> Sequence[str]:
-    return torchvision.models.ResNet18_Weights.DEFAULT.meta["categories"]
+    """As torchvision has them, which is not loaded for that."""
+    return (Path(__file__).parent / "imagenet_classes.txt").read_text("utf-8").splitlines()
 
 
 def _from_timm(name: str, weights: str) -> Recipe:
@@ -221,7 +224,8 @@ def _efficientnet_lite(variant: int, size: int) -> Recipe:
 
 def _build_vgg16_gap(num_classes: int) -> nn.Module:
     """The paper's Figure 4: VGG-16 up to its last ReLU, one more convolution, GAP, linear."""
-    layers = list(make_layers(cfgs["D"]))[:-1]
+    vgg = import_module("torchvision.models.vgg")
+    layers = list(vgg.make_layers(vgg.cfgs["D"]))[:-1]
     layers += [nn.Conv2d(512, 1024, 3, stride=1, padding=1), nn.ReLU(inplace=True)]
     for layer in layers:
         if isinstance(layer, nn.Conv2d):  # as torchvision's VGG, or random features fade away

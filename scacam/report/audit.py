@@ -79,7 +79,7 @@ class Audited:
 
     @property
     def told(self) -> list[str]:
-        """The findings that stand out, in words."""
+        """The findings that stand out of classes that have no card, in words."""
         return [_told(row) for row in self._out][:_TOLD]
 
     @property
@@ -89,7 +89,9 @@ class Audited:
 
     @property
     def _out(self) -> _Rows:
-        return [row for row in self.findings if row["stands_out"]]
+        carded = {card.row["class_id"] for card in self.cards}
+        out = (row for row in self.findings if row["stands_out"])
+        return [row for row in out if row["class_id"] not in carded]
 
     @property
     def hanging(self) -> int:

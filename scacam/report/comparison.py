@@ -91,6 +91,24 @@ class Summary:
         self.changed.add(np.where(changed == 1, confidence, np.nan), table)
         self.moved.add(np.where(changed == 0, moved, np.nan), table)
 
+    def told(self) -> list[str]:
+        """In words, of each pair of networks: whose answers changed, and how far maps moved."""
+        lines = []
+        for networks, (one, _) in self.judges.items():
+            row = self.rows.get((*networks, one.name))
+            if row is None:
+                continue
+            words = [f"{' and '.join(dict.fromkeys(networks))}: {row.images:,} images"]
+            if np.isfinite(row.changed):
+                words.append(f"{row.changed / row.images:.1%} say something else")
+            if labelled := row.outcomes.sum():
+                before, after = row.outcomes[1].sum(), row.outcomes[:, 1].sum()
+                words.append(f"right {before / labelled:.1%} before, {after / labelled:.1%} after")
+            if row.known[0]:
+                words.append(f"{row.means[0]:.1%} of the map of {one.method} lies elsewhere")
+            lines.append(", ".join(words))
+        return lines
+
     def page(self) -> str:
         """The page, as HTML."""
         galleries = [Gallery(run) for run in self.runs]

@@ -17,7 +17,7 @@ from scacam.storage import join
 from scacam.tables import CHANNELS, NETWORK, SCHEMA_VERSION, network_path
 from scacam.version import __version__
 
-__all__ = ["class_weights", "describe_network", "describe_run"]
+__all__ = ["class_weights", "describe_network", "describe_run", "package_version"]
 
 _PACKAGES = ("torch", "torchvision", "ray", "pyarrow", "pillow", "numpy", "opencv-python-headless")
 
@@ -26,7 +26,7 @@ _DIGESTED_ROWS = 1 << 20
 
 def describe_run(manifest: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
     """What `run.json` says of the images, the methods and the software."""
-    found = {name: _version(name) for name in _PACKAGES}
+    found = {name: package_version(name) for name in _PACKAGES}
     return {
         "schema_version": SCHEMA_VERSION,
         "versions": {"scacam": __version__, "python": platform.python_version(), **found},
@@ -39,7 +39,7 @@ def describe_run(manifest: pa.Table, methods: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
     """Of a package as it was installed; None where another stands in for it, as conda's OpenCV."""
     try:
         return version(package)

@@ -27,7 +27,7 @@ async function get(path, parameters = {}) {
   return answer;
 }
 
-const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)} %`;
+const percent = (share) => `${(100 * share).toFixed(share < 0.1 ? 1 : 0)}\u202f%`;
 const counted = (number, what) =>
   `${number.toLocaleString("en")} ${what}${number === 1 ? "" : "s"}`;
 const basename = (uri) => uri.split("/").pop();
@@ -164,6 +164,7 @@ async function open(at) {
 // The maps of one class of one network, and buttons for its other classes.
 function ofNetwork(image_id, { network, classes }) {
   const gallery = element("div", { class: "maps" });
+  const evidence = element("p", { class: "line" });
   const buttons = classes.map((one) => {
     const title = `${one.class_name} ${percent(one.probability)}${one.rank === null ? " (label)" : ""}`;
     const button = element("button", { type: "button", "aria-pressed": "false" }, title);
@@ -172,6 +173,9 @@ function ofNetwork(image_id, { network, classes }) {
   });
   function show(one, button) {
     for (const other of buttons) other.setAttribute("aria-pressed", String(other === button));
+    const channels = one.channels.map(([channel, adds]) => `${channel} (${adds.toFixed(2)})`);
+    evidence.textContent = `The channels that add most to its logit: ${channels.join(", ")}`;
+    evidence.hidden = !channels.length;
     gallery.replaceChildren(
       ...mapsOf(network).map(({ layer, method, name }) => {
         const parameters = { network, layer, method, class_id: one.class_id };
@@ -181,7 +185,7 @@ function ofNetwork(image_id, { network, classes }) {
     );
   }
   show(classes[0], buttons[0]);
-  return [element("h3", {}, network), element("div", { class: "classes" }, ...buttons), gallery];
+  return [element("h3", {}, network), element("div", { class: "classes" }, ...buttons), gallery, evidence];
 }
 
 dialog.addEventListener("click", ({ target }) => {
@@ -218,9 +222,20 @@ function renew() {
   );
 }
 
+// Of a finding, its network's maps, the image that shows it most first.
+function follow(chosen) {
+  const found = about.findings.find(({ finding }) => String(finding) === chosen);
+  if (found && field("network").value !== found.network) {
+    field("network").value = found.network;
+    renew();
+  }
+  field("order").value = found ? "score" : "";
+}
+
 form.addEventListener("submit", (event) => event.preventDefault());
 form.addEventListener("change", ({ target }) => {
   if (target.name === "network") renew();
+  if (target.name === "finding") follow(target.value);
   ask();
 });
 
@@ -228,8 +243,8 @@ async function start() {
   about = await get("api/run");
   const networks = [...new Set(about.maps.map((one) => one.network))];
   fill(field("network"), networks.map((value) => ({ value, title: value })));
-  const finding = ({ finding, kind, class_name, network }) =>
-    ({ value: String(finding), title: [kind, class_name, network].filter(Boolean).join(" · ") });
+  const finding = ({ finding, title, class_name, network }) =>
+    ({ value: String(finding), title: `${class_name} ${title} · ${network}` });
   fill(field("finding"), [{ value: "", title: "any" }, ...about.findings.map(finding)], "");
   const errors = Object.entries(about.errors);
   const failed = errors.map(([value, many]) => ({ value, title: `errors: ${value} (${many})` }));

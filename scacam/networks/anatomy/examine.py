@@ -1,25 +1,27 @@
-"""What lies between the features and the logits: the head, found by watching one forward pass.
+"""A look inside a network, which says what its layers and its head are, found by watching it run.
 
 The target layer is the one whose output the classifier pools: the last with a spatial output. The
 autograd graph from that output to the logits then says, operation by operation, what the head is.
 The usual heads have a gradient in closed form, so that explaining a class costs no backward pass;
-every other head is differentiated by autograd.
+every other head is differentiated by autograd. What the graph says is checked by the numbers.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from itertools import count
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from scacam.errors import NetworkError
-from scacam.methods import METHODS
-from scacam.methods.gradients import Gradients, MaskedGradients, weigh
-from scacam.networks.block import LastBlock, attending, pruned
-from scacam.networks.output import (
+from scacam.methods.gradients import MaskedGradients
+from scacam.networks.anatomy.backward import differentiable, differentiate, through_block
+from scacam.networks.anatomy.block import LastBlock, attending, pruned
+from scacam.networks.anatomy.head import ExplainedLayer, Head, Kind
+from scacam.networks.anatomy.layer import TargetLayer, capture
+from scacam.networks.anatomy.output import (
     SHAPING,
     Output,
     both_classes,
@@ -27,10 +29,9 @@ from scacam.networks.output import (
     look_at_output,
     operation,
 )
-from scacam.networks.target import Reach, TargetLayer, capture, find_layers
+from scacam.networks.anatomy.search import Reach, find_layers
 
-__all__ = ["Anatomy", "ExplainedLayer", "Head", "differentiable", "differentiate", "examine"]
-
+__all__ = ["Anatomy", "examine"]
 
 _SEED = 0
 
@@ -44,129 +45,8 @@ _OTHERS = {
 }  # fmt: skip
 _SINGLE_PATH = SHAPING | _POOLING | _LINEAR | _OTHERS
 
-
-Kind = Literal["pooled", "rectified", "scores", "general"]
-
 # By what happens between features and logits: pooling, linear layer, ReLU.
 _KINDS: dict[str, Kind] = {"pl": "pooled", "lp": "pooled", "rpl": "rectified", "lrp": "scores"}
-
-
-@dataclass(frozen=True)
-class Head:
-    """How the logits come from the features.
-
-    Attributes:
-        kind: `pooled` (global average pooling, then linear), `rectified` (a ReLU before that
-            pooling, as in DenseNet), `scores` (a 1 × 1 convolution to one score map per class,
-            ReLU, pooling, as in SqueezeNet), or `general`.
-        classifier: name of the layer whose weights are class weights on pooled features; None for
-            a general head.
-        block: of a head that begins inside the last block of a transformer, that block, if it may
-            be run for the tokens alone that are read; see `block`.
-        is_even: whether a general head pools the features first, so that its gradients are the
-            same at every position.
-    """
-
-    kind: Kind
-    classifier: str | None
-    is_even: bool = False
-    block: LastBlock | None = None
-
-    def class_weights(self, module: nn.Module) -> Tensor | None:
-        """Weights `[classes, C]` from pooled channels to logits, or None."""
-        if self.classifier is None:
-            return None
-        weight = module.get_submodule(self.classifier).weight
-        assert isinstance(weight, Tensor)
-        return both_classes(weight.detach().flatten(1).T).T
-
-    def biases(self, module: nn.Module) -> Tensor:
-        """`[classes]` of the classifier; zeros if it has none."""
-        assert self.classifier is not None
-        bias = module.get_submodule(self.classifier).bias
-        if isinstance(bias, Tensor):
-            return both_classes(bias.detach()[None])[0]
-        weights = self.class_weights(module)
-        assert weights is not None
-        return weights.new_zeros(len(weights))
-
-    def gradients(self, module: nn.Module, features: Tensor, class_ids: Tensor) -> Gradients:
-        """Gradients of the logits of some classes with respect to the features (Equation 4).
-
-        In closed form, which a general head does not have: see `differentiate`.
-
-        Args:
-            module: the network.
-            features: `[B, C, h, w]`.
-            class_ids: `[B, K]`.
-
-        Returns:
-            What `scacam.methods` take, in the most compact form.
-        """
-        class_weights = self.class_weights(module)
-        assert class_weights is not None
-        weights = class_weights[class_ids].to(features.dtype)
-        per_cell = (weights / (features.shape[2] * features.shape[3]))[..., None, None]
-        if self.kind == "rectified":
-            return MaskedGradients(per_cell, (features > 0).to(features.dtype)[:, None])
-        if self.kind == "scores":
-            biases = self.biases(module)[class_ids].to(features.dtype)
-            scores = weigh(weights, features) + biases[..., None, None]
-            return MaskedGradients(per_cell, (scores > 0).to(features.dtype)[:, :, None])
-        return per_cell
-
-
-def differentiate(logits: Tensor, features: Sequence[Tensor], class_ids: Tensor) -> list[Tensor]:
-    """One backward pass for all explained classes of the whole batch, to all of some features.
-
-    Args:
-        logits: `[B, classes]`, with a graph that leads to the features.
-        features: `[B, C, h, w]` each.
-        class_ids: `[B, K]`.
-
-    Returns:
-        The gradients with respect to each of the features, `[B, K, C, h, w]`.
-    """
-    with torch.enable_grad():
-        chosen = logits.gather(1, class_ids).sum(0)
-    each = torch.eye(len(chosen)).to(chosen)
-    try:
-        gradients = torch.autograd.grad(
-            chosen, features, each, retain_graph=True, is_grads_batched=True
-        )
-    except RuntimeError:  # an operation that is not made for this, or too little memory for it
-        one_by_one = [torch.autograd.grad(chosen, features, one, retain_graph=True) for one in each]
-        gradients = tuple(torch.stack(of_layer) for of_layer in zip(*one_by_one, strict=True))
-    return [of_layer.transpose(0, 1) for of_layer in gradients]
-
-
-class ExplainedLayer(NamedTuple):
-    """A layer whose features are weighed.
-
-    Attributes:
-        layer: the layer, as name and call.
-        head: what lies between its output and the logits.
-        straight: whether it is what the classifier pools: a single path of pooling, linear and
-            pointwise operations leads from there to the logits, or all that they know of the image
-            passes through it, or it gives the tokens that are read last.
-        feature_shape: channels, height and width of its output.
-    """
-
-    layer: TargetLayer
-    head: Head
-    straight: bool
-    feature_shape: tuple[int, int, int]
-
-    def supports(self, method: str) -> bool:
-        """Whether a method has maps of this layer's features and resolution."""
-        needs, block = METHODS[method], self.head.block
-        if needs.needs_attention == "all":
-            return block is not None and block.follows is not None
-        if needs.needs_attention == "last":
-            return block is not None
-        return not needs.needs_finer_layer and (
-            self.head.kind != "general" or not needs.needs_class_weights
-        )
 
 
 class Anatomy(NamedTuple):
@@ -350,7 +230,19 @@ def _last_block(
         one.shape == other.shape and (one - other).abs().max() <= 1e-4 * other.abs().max()
         for one, other in ((found, logits), (actual, expected))
     )
-    return block._replace(follows=_earlier_blocks(module, images, name)) if is_same else None
+    if not is_same:
+        return None
+    block = block._replace(follows=_earlier_blocks(module, images, name))
+    linear = block._replace(layer=target.name)
+    try:
+        with pruned(module, linear) as seen:
+            found = both_classes(module(images))
+        actual, _ = through_block(module, linear, seen[0], found, class_ids)
+    except Exception:  # its keys and values are more than a function of each token
+        return block
+    actual = actual[..., len(others) :].unflatten(3, expected.shape[3:])
+    is_linear = (actual - expected).abs().max() <= 1e-4 * expected.abs().max()
+    return linear if is_linear else block
 
 
 def _earlier_blocks(module: nn.Module, images: Tensor, last: str) -> int | None:
@@ -406,21 +298,3 @@ def _candidates(
         if isinstance(layer, nn.Linear | nn.Conv2d)
         and layer.weight.shape in ((classes, channels), (classes, channels, 1, 1))
     ]
-
-
-@contextmanager
-def differentiable(module: nn.Module) -> Iterator[None]:
-    """Inside this context a graph begins at a captured layer, and nowhere else.
-
-    No parameter requires a gradient; after it, those that did do again. Gradients are enabled from
-    the start, so that a backbone that the module runs under `torch.no_grad()` leaves them so.
-    """
-    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in trained:
-            parameter.requires_grad_()

@@ -5,8 +5,9 @@ that last step, whose input they are. A single logit z stands for two classes, c
 class 0 with -z: their probabilities sigmoid(z) and sigmoid(-z) sum to 1, and each has its own map.
 """
 
+import sys
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,6 +91,8 @@ class _LastStep(TorchFunctionMode):
 
 def eagerly() -> AbstractContextManager[object]:
     """Inside this context, what torch.compile made runs as it was written, and can be watched."""
+    if "torch._dynamo" not in sys.modules:  # nothing is compiled, and to load it takes a second
+        return nullcontext()
     return torch.compiler.set_stance("force_eager")
 
 

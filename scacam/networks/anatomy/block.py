@@ -2,13 +2,18 @@
 
 Where a class token is classified, the last block's other tokens serve as keys and values of one
 attention and are read no more. So keys and values are made of all tokens, and all that follows is
-run for the class token, with its distillation token and registers, alone: the same logits for less,
-and a backward pass for each class that is one product with the weights of keys and values.
+run for the class token, with its distillation token and registers, alone: the same logits for less.
+
+With one query, what a class's logit is to the keys is one vector per head times a number per token,
+and likewise to the values. Where keys and values are the same linear function of every token, so
+is its gradient to the tokens: a class costs a backward pass for two vectors per head and a small
+product, where autograd takes one for every token.
 """
 
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +22,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 
-__all__ = ["LastBlock", "attending", "pruned"]
+__all__ = ["Attended", "LastBlock", "attended", "attending", "pruned"]
 
 _PATCHED = threading.RLock()
 """Held while torch's attention is another function than torch's."""
@@ -31,11 +36,31 @@ class LastBlock(NamedTuple):
         read: how many of the first tokens are no part of the image.
         follows: how many blocks before it let the same tokens attend to one another, if those are
             all that there are; else None.
+        layer: name of the layer whose tokens its keys and values are a linear function of, the
+            same for every token; None if they are not.
     """
 
     name: str
     read: int
     follows: int | None = None
+    layer: str | None = None
+
+
+@dataclass
+class Attended:
+    """What a pruned block's attention shows when it runs: of Q queries, in each head.
+
+    Attributes:
+        query: times its scale, `[B, heads, Q, D]`.
+        scores: before the softmax, `[B, heads, Q, N]`; a leaf where the block is linear.
+        weights: after it.
+        made: `[B, heads, Q, D]`.
+    """
+
+    query: Tensor
+    scores: Tensor
+    weights: Tensor
+    made: Tensor
 
 
 class _Seen(Exception):
@@ -43,16 +68,18 @@ class _Seen(Exception):
 
 
 @contextmanager
-def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Tensor]]:
+def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Attended]]:
     """Inside this context the block, if there is one, gives its first tokens alone.
 
+    A graph begins at its attention's scores where `backward.through_block` has its gradients.
+
     Yields:
-        A list to which its attention `[B, heads, read, N]` is added when it runs.
+        A list to which is added what its attention shows when it runs.
 
     Raises:
         NetworkError: in the forward pass: the block does not call torch's attention.
     """
-    seen: list[Tensor] = []
+    seen: list[Attended] = []
     if block is None:
         yield seen
         return
@@ -60,7 +87,7 @@ def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Tensor]]
     whole = layer.forward
 
     def forward(tokens: Tensor, *arguments: Any, **keywords: Any) -> Any:
-        key, value, mask = _attended(lambda: whole(tokens, *arguments, **keywords))
+        key, value, mask = attended(lambda: whole(tokens, *arguments, **keywords))
         of_image = tokens.shape[1] - block.read
 
         def attend(
@@ -71,9 +98,14 @@ def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Tensor]]
             scale: float | None = None,
             **__: Any,
         ) -> Tensor:
-            of_read = None if mask is None else mask[..., : block.read, :]
-            seen.append(_weights(query, key, of_read, scale))
-            return seen[-1] @ value
+            query = _scaled(query, scale)
+            scores = _scores(query, key, None if mask is None else mask[..., : block.read, :])
+            if block.layer is not None:
+                torch.set_grad_enabled(True)
+                scores = scores.detach().requires_grad_()
+            weights = scores.softmax(-1)
+            seen.append(Attended(query, scores, weights, weights @ value))
+            return seen[-1].made
 
         def cut(given: Any) -> Any:
             """Without what belongs to the image's tokens: their rotary embeddings."""
@@ -116,7 +148,7 @@ def attending(wanted: bool = True) -> Iterator[list[Tensor]]:
         scale: float | None = None,
         **__: Any,
     ) -> Tensor:
-        weights = _weights(query, key, attn_mask, scale)
+        weights = _scores(_scaled(query, scale), key, attn_mask).softmax(-1)
         if weights.ndim == 4 and weights.shape[2] == weights.shape[3]:
             seen.append(weights.detach().mean(1))
         return weights @ value
@@ -125,16 +157,19 @@ def attending(wanted: bool = True) -> Iterator[list[Tensor]]:
         yield seen
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
-    """Attention `[B, heads, queries, keys]`."""
-    scores = (query * (query.shape[-1] ** -0.5 if scale is None else scale)) @ key.mT
-    if mask is not None:
-        absent = mask.dtype == torch.bool
-        scores = scores.masked_fill(~mask, -torch.inf) if absent else scores + mask
-    return scores.softmax(-1)
+def _scaled(query: Tensor, scale: float | None) -> Tensor:
+    return query * (query.shape[-1] ** -0.5 if scale is None else scale)
 
 
-def _attended(run: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor | None]:
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention before its softmax, `[B, heads, queries, keys]`, of a scaled query."""
+    scores = query @ key.mT
+    if mask is None:
+        return scores
+    return scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
+
+
+def attended(run: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Key, value and additive mask of the first attention of a call, which ends there."""
     seen: list[tuple[Tensor, Tensor, Tensor | None]] = []
 
