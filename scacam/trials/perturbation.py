@@ -138,4 +138,4 @@ def edge_strength(images: Tensor) -> Tensor:
     gray = F.pad(images.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
     kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]
-    return torch.linalg.vector_norm(F.conv2d(gray, kernels.to(gray)), dim=1)
+    return torch.hypot(*F.conv2d(gray, kernels.to(gray)).unbind(1))
