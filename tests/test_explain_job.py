@@ -256,6 +256,7 @@ def test_only_the_workers_of_networks_load_torch(tmp_path):
     assert receiver.stdout.strip() == b"False", receiver.stderr.decode()
 
 
+@pytest.mark.long
 def test_bfloat16_gives_the_same_maps_but_for_its_rounding(tmp_path, photo_folder, capsys):
     folder = photo_folder(6)
     maps = []

@@ -269,6 +269,7 @@ def test_what_works_in_place_behind_the_target_layer_changes_no_features(
     torch.testing.assert_close(seen.logits, network.module(batch).detach())
 
 
+@pytest.mark.long
 def test_200_calls_do_not_grow_memory(network: Network) -> None:
     explainer, batch = Explainer(network), images(2, (48, 48))
 
