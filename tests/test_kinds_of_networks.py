@@ -1,10 +1,6 @@
 """A convolutional network, a transformer and a zero-shot one in a single run."""
 
-import json
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +8,7 @@ import open_clip
 import pyarrow.parquet as pq
 import pytest
 import torch
+from killing import killed_and_begun_again
 from open_clip.push_to_hf_hub import save_config_for_hf
 from safetensors.torch import save_file
 
@@ -84,21 +81,7 @@ def test_a_job_over_all_three_killed_resumed_reported_and_compared(
     command = [sys.executable, "jobs/explain.py", "--input", str(folder), "--output", str(out)]
     command += ["--networks", *map("=".join, networks.items()), "--prompts", str(prompts)]
     command += ["--methods", *METHODS, "--top-k", "2"]
-
-    def begun() -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-
-    process = begun()
-    while not list(out.glob("explanations/*/*/*.parquet")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert json.loads((out / "run.json").read_text())["status"] == "running"
-    process = begun()
-    said, told = process.communicate(timeout=400)
-    assert process.returncode == 0, told
+    said = killed_and_begun_again(command, out)
     assert "64 of 64 images explained" in said
     run = scacam.open_run(str(out))
     assert list(run.networks) == list(networks)

