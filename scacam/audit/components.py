@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 
 from scacam.audit.attention import border_cells, outside
 
@@ -164,16 +165,21 @@ def find_component(contributions: Contributions) -> Component:
     centred = values - values.mean(0)
     # The smaller of the two matrices has the same largest eigenvalue.
     if len(values) < len(channels):
-        _, vectors = np.linalg.eigh(centred @ centred.T)
-        direction = vectors[:, -1] @ centred
+        direction = _last_eigenvector(centred @ centred.T) @ centred
     else:
-        _, vectors = np.linalg.eigh(centred.T @ centred)
-        direction = vectors[:, -1] @ centred.T @ centred
+        direction = _last_eigenvector(centred.T @ centred) @ centred.T @ centred
     length = float(np.sqrt((direction**2).sum()))
     direction = direction / length if length > 0 else direction
     if direction.sum() < 0:
         direction = -direction
     return Component(channels, direction, float(np.quantile(values @ direction, _LACKING)))
+
+
+def _last_eigenvector(matrix: np.ndarray) -> np.ndarray:
+    """That of the largest eigenvalue of a symmetric matrix; the others would take most of it."""
+    last = len(matrix) - 1
+    _, vectors = scipy.linalg.eigh(matrix, subset_by_index=(last, last))
+    return np.asarray(vectors[:, 0])
 
 
 class Shortcut(NamedTuple):
