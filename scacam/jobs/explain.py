@@ -292,7 +292,7 @@ def check_networks(
         attending = [name for name in absent if METHODS[name].needs_attention != "none"]
         weighing = [name for name in absent if name not in (*finer, *attending)]
         for names, what in (
-            (weighing, "class weights"),
+            (weighing, "linear head"),
             (finer, "finer layer"),
             (attending, "class token whose attention could be had"),
         ):
