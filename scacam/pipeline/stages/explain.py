@@ -115,8 +115,10 @@ class Explain(Holder):
         import torch
 
         images = self.images(samples)
-        wanted = torch.from_numpy(labels.clip(min=0)).long().to(self.device)
-        explanation = self.explainer(images, wanted if self.explain_label else None)
+        wanted = None
+        if self.explain_label:
+            wanted = torch.from_numpy(labels.clip(min=0)).long().to(self.device)
+        explanation = self.explainer(images, wanted)
         probabilities = self.network.probabilities(explanation.logits)
         class_ids, channels = explanation.class_ids, explanation.channels
         assert channels is not None
