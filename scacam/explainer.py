@@ -20,7 +20,6 @@ from scacam.networks.anatomy.backward import differentiable, differentiate, thro
 from scacam.networks.anatomy.block import Attended, LastBlock, attending, pruned
 from scacam.networks.anatomy.head import Head
 from scacam.networks.anatomy.layer import Capture, TargetLayer, capture
-from scacam.networks.anatomy.path import at_own_scale
 from scacam.networks.anatomy.tokens import kept
 
 __all__ = ["Explainer", "Explanation", "Observation", "observe"]
@@ -120,7 +119,7 @@ def observe(
             earlier: dict[str, Observation] = {}
             for layer, head, *_ in network.layers:
                 features = _widened(captured.of(layer).detach())
-                weights = _class_weights(network, head, captured.of(layer), logits, class_ids)
+                weights = _class_weights(network, head, images, features, class_ids)
                 slopes: Gradients
                 if layer in by_autograd:
                     slopes = by_autograd[layer]
@@ -178,15 +177,15 @@ def _differentiated(
 
 
 def _class_weights(
-    network: Network, head: Head, features: Tensor, logits: Tensor, class_ids: Tensor
+    network: Network, head: Head, images: Tensor, features: Tensor, class_ids: Tensor
 ) -> Tensor | None:
     """Class weights `[B, K, C]` on the pooled features of a layer, if its head has any."""
-    if head.is_scaled:
-        with at_own_scale(logits, features):
-            (slopes,) = differentiate(logits, [features], class_ids)
-        return _widened(slopes).sum((3, 4))
+    if head.is_scaled and head.alone is not None:
+        return head.alone.weights_at_own_scale(
+            network.module, network.logits, images, features.mean((2, 3)), class_ids
+        )
     weights = head.class_weights(network.module)
-    return None if weights is None else weights[class_ids].to(_widened(features).dtype)
+    return None if weights is None else weights[class_ids].to(features.dtype)
 
 
 def _of_head(
@@ -194,7 +193,7 @@ def _of_head(
 ) -> LinearHead | GeneralHead | None:
     """What methods may ask of a layer's head."""
     module, is_softmax = network.module, network.output.kind == "softmax"
-    if head.alone is not None:
+    if head.alone is not None and head.alone.is_cheap:
         run = partial(head.alone.of_cells, module, network.logits, images, seen.features, attended)
         return GeneralHead(run, seen.class_ids, is_softmax)
     weights, dtype = head.class_weights(module), seen.features.dtype

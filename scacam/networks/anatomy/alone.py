@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
+from scacam.networks.anatomy.backward import differentiable, differentiate
 from scacam.networks.anatomy.block import Attended, LastBlock, attended, attending_by, pruned
 from scacam.networks.anatomy.layer import TargetLayer, capture
 from scacam.networks.anatomy.output import eagerly
+from scacam.networks.anatomy.path import at_own_scale
 from scacam.networks.anatomy.tokens import kept
 
 __all__ = ["Alone", "find_alone"]
@@ -39,11 +41,13 @@ class Alone(NamedTuple):
             what it gives for one image.
         block: the last block of a transformer that classifies a token; None where features are
             pooled first.
+        is_cheap: whether it may be run for every cell.
     """
 
     target: TargetLayer
     before: tuple[tuple[str, tuple[int, ...]], ...]
     block: LastBlock | None
+    is_cheap: bool = True
 
     def of_cells(
         self,
@@ -85,6 +89,22 @@ class Alone(NamedTuple):
         output = self.target.output(pooled[..., None, None], tokens)
         name = self.target.name
         return self._logits(module, run, images, len(pooled), name, lambda *_, **__: output)
+
+    def weights_at_own_scale(
+        self,
+        module: nn.Module,
+        run: Callable[[Tensor], Tensor],
+        images: Tensor,
+        pooled: Tensor,
+        class_ids: Tensor,
+    ) -> Tensor:
+        """Weights `[B, K, C]` from pooled features `[B, C]` to the logits of classes `[B, K]`."""
+        with differentiable(module):
+            leaf = pooled.to(images).requires_grad_()
+            logits = self.of_pooled(module, run, images, leaf)
+            with at_own_scale(logits, leaf):
+                (weights,) = differentiate(logits, [leaf], class_ids)
+        return weights.to(pooled)
 
     def _of_made(
         self,
@@ -180,7 +200,7 @@ def find_alone(
     target: TargetLayer,
     block: LastBlock | None,
 ) -> Alone | None:
-    """How to run a head by itself, if that says of a cell what the module says and is cheap enough.
+    """How to run a head by itself, if that says of a cell what the module says.
 
     Args:
         module: a network whose head pools the features first, or has a linear block.
@@ -210,7 +230,8 @@ def find_alone(
         with _replaced(module, target, only):
             expected = run(images)
     is_same = bool((found - expected).abs().max() <= 1e-4 * expected.abs().max())
-    return alone if is_same and of_cells.count <= _SHARE * whole.count else None
+    is_cheap = of_cells.count <= _SHARE * whole.count
+    return alone._replace(is_cheap=is_cheap) if is_same else None
 
 
 @contextmanager

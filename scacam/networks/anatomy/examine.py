@@ -178,7 +178,8 @@ def _explained(
     is_linear = head.block is not None and head.block.layer is not None
     if head.is_even or is_linear:
         run = partial(output.logits, module)
-        head = replace(head, alone=find_alone(module, run, images, target, head.block))
+        alone = find_alone(module, run, images, target, head.block)
+        head = replace(head, alone=alone, is_scaled=head.is_scaled and alone is not None)
     straight = bool(operations) or target.others is not None or _is_neck(module, images, target)
     channels, height, width = features.shape[1:]
     return ExplainedLayer(target, head, straight, (channels, height, width))

@@ -34,7 +34,7 @@ class Head:
         is_scaled: whether a general head is pooling and linear layers, but for normalisations
             that divide what is pooled by a number of each image's own, such as a LayerNorm or that
             of an embedding; see `path.at_own_scale`.
-        alone: how to run a general head by itself, if it is cheap enough for every cell.
+        alone: how to run a general head by itself, if it can be.
     """
 
     kind: Kind
@@ -117,5 +117,6 @@ class ExplainedLayer(NamedTuple):
         if self.head.kind != "general":
             return True
         if needs.needs_head:
-            return not needs.needs_class_weights and self.head.alone is not None
+            alone = self.head.alone
+            return not needs.needs_class_weights and alone is not None and alone.is_cheap
         return not needs.needs_class_weights or self.head.is_scaled
