@@ -187,6 +187,9 @@ def _settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, 
         device = torch.device("cpu")
         torch.set_num_threads(1)  # there are as many actors as cores
     network.module.to(device)
+    for layer in network.module.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # as images are, or a GPU rearranges it in each pass
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     return device, batch_size or (_BATCH_ON_GPU if device.type == "cuda" else _BATCH_ON_CPU)
 
 
