@@ -177,9 +177,11 @@ def _attending_to_one(
     nothing = seen.tokens.new_zeros(1, 1, seen.tokens.shape[2])
     with layer.register_forward_hook(lambda *_: nothing):
         key, value, _ = attended(lambda: whole(nothing))
-    of_nothing = seen.query @ key.mT + (0 if seen.mask is None else seen.mask)
-    scores = seen.scores.detach()
-    of_nothing = of_nothing.expand_as(scores)
+    dtype = torch.promote_types(value.dtype, torch.float32)  # exponentials need it
+    query, scores, values, key, value = (
+        each.detach().to(dtype) for each in (seen.query, seen.scores, seen.value, key, value)
+    )
+    of_nothing = (query @ key.mT + (0 if seen.mask is None else seen.mask)).expand_as(scores)
     largest = torch.maximum(scores, of_nothing).amax(3, keepdim=True)
     one, zero = (scores - largest).exp(), (of_nothing - largest).exp()
     image = kept(scores.shape[3], others).to(scores.device)
@@ -187,8 +189,8 @@ def _attending_to_one(
     one, zero = one[..., image], zero[..., image]
     rest = zero.sum(3, keepdim=True) - zero  # of all the others
     total = beside.sum(3, keepdim=True) + one + rest
-    always = (beside @ seen.value[..., list(others), :])[:, :, :, None]
-    own = one[..., None] * seen.value[..., image, :][:, :, None]
+    always = (beside @ values[..., list(others), :])[:, :, :, None]
+    own = one[..., None] * values[..., image, :][:, :, None]
     made = (always + own + rest[..., None] * value[:, :, None]) / total[..., None]
     return made.permute(0, 3, 1, 2, 4)
 
