@@ -73,11 +73,10 @@ class Alone(NamedTuple):
             logits = [self.of_pooled(module, run, images, of_image) for of_image in alone]
         else:
             made = _attending_to_one(module, self.block, self.target.others or (), seen[0])
-            made = made.to(images)
-            tokens = seen[0].tokens[:, None].expand(-1, cells, -1, -1)
+            tokens = seen[0].tokens.to(images)[:, None].expand(-1, cells, -1, -1)
             logits = [
                 self._of_made(module, run, images, *of_image)
-                for of_image in zip(tokens, made, strict=True)
+                for of_image in zip(tokens, made.to(images), strict=True)
             ]
         return torch.stack(logits).to(features)
 
@@ -174,7 +173,7 @@ def _attending_to_one(
     """
     assert block.layer is not None
     layer, whole = module.get_submodule(block.layer), module.get_submodule(block.name)
-    nothing = seen.tokens.new_zeros(1, 1, seen.tokens.shape[2])
+    nothing = next(iter(layer.parameters())).new_zeros(1, 1, seen.tokens.shape[2])
     with layer.register_forward_hook(lambda *_: nothing):
         key, value, _ = attended(lambda: whole(nothing))
     dtype = torch.promote_types(value.dtype, torch.float32)  # exponentials need it
