@@ -76,13 +76,15 @@ def observe(
         attention: of which blocks of a transformer that classifies a token to take it.
 
     Raises:
-        ScacamError: the module is in training mode, where batch statistics would mix images; or
-            there is not one label per image.
+        ScacamError: the module is in training mode, where batch statistics would mix images; there
+            is not one label per image; or there are no classes to look at.
     """
     if any(layer.training for layer in network.module.modules()):
         raise ScacamError(f"{network.name} is in training mode; call network.module.eval()")
     if labels is not None and labels.shape != images.shape[:1]:
         raise ScacamError(f"{len(images)} images need one label each, not {list(labels.shape)}")
+    if labels is None and top_k < 1:
+        raise ScacamError("no class is to be explained: top_k is 0, and there are no labels")
     finer_layer = network.finer_layer if finer else None
     general = [layer for layer, head, *_ in network.layers if head.kind == "general"]
     block = network.head.block
@@ -268,13 +270,14 @@ class Explainer:
         Args:
             network: the network to explain.
             methods: names from `scacam.methods.METHODS`; left out, `DEFAULT_METHODS`.
-            top_k: how many of the most probable classes to explain, at most all.
+            top_k: how many of the most probable classes to explain, at most all; 0 for labels
+                alone.
             channels: how many of the channels that add most to a class to name, at most all.
         """
         unknown = [name for name in methods or () if name not in METHODS]
         if unknown:
             raise ScacamError(f"unknown method {unknown[0]!r}; known are {', '.join(METHODS)}")
-        if top_k < 1:
+        if top_k < 0:
             raise ScacamError(f"top_k is the number of classes to explain, not {top_k}")
         self.network = network
         self.methods = tuple(name for name in methods or DEFAULT_METHODS if network.supports(name))

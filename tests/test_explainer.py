@@ -296,8 +296,11 @@ def test_labels_are_explained_as_one_more_class(network: Network) -> None:
     assert labelled.class_ids[:, :2].tolist() == plain.class_ids.tolist()
     assert labelled.class_ids[:, 2].tolist() == labels.tolist()
     every = Explainer(network, top_k=network.num_classes)(batch)
+    alone = Explainer(network, top_k=0)(batch, labels)
+    assert alone.class_ids.tolist() == labels[:, None].tolist()
     for name, maps in labelled.heatmaps.items():
         maps = _unrooted(name, maps)
+        torch.testing.assert_close(_unrooted(name, alone.heatmaps[name]), maps[:, 2:])
         torch.testing.assert_close(maps[:, :2], _unrooted(name, plain.heatmaps[name]))
         for index, label in enumerate(labels):
             rank = every.class_ids[index].tolist().index(label)
@@ -325,7 +328,9 @@ def test_methods_and_classes_that_are_asked_for() -> None:
     with pytest.raises(ScacamError, match="unknown method 'gradcam'"):
         Explainer(closed, ("gradcam",))
     with pytest.raises(ScacamError, match="number of classes"):
-        Explainer(closed, top_k=0)
+        Explainer(closed, top_k=-1)
+    with pytest.raises(ScacamError, match="no class is to be explained"):
+        Explainer(closed, top_k=0)(images())
     explanation = Explainer(closed, ("sca_cam", "grad_cam"), top_k=99)(images())
     assert list(explanation.heatmaps) == ["sca_cam", "grad_cam"]
     assert explanation.class_ids.shape == (2, 4)

@@ -17,7 +17,8 @@ from scacam.jobs.options import seconds_per_image
 from scacam.methods import METHODS as CAMS
 from scacam.networks import Network, load_network
 from scacam.pipeline.cluster import allot, await_nodes, keep_freed_memory, start_ray
-from scacam.pipeline.faithfulness import Try, stages, try_all
+from scacam.pipeline.faithfulness import stages, try_all
+from scacam.pipeline.stages.trial import Try
 from scacam.runs.describe import describe_run
 from scacam.runs.lifecycle import begin, complete
 from scacam.runs.record import differences, read_record

@@ -29,6 +29,9 @@ _CLAIMS: dict[str, Callable[[Tensor, Sequence[int], tuple[int, int]], Tensor]] =
 }
 """What each baseline says of images, given a number for each and the size of a method's maps."""
 
+_LOOKING = ("edge_strength",)
+"""The baselines that look at the images."""
+
 
 class Tried(NamedTuple):
     """Who says where a network looks: a method, at a layer, or a baseline.
@@ -56,13 +59,13 @@ class Case:
     Attributes:
         network: the network.
         explainer: makes the maps of the methods among the claimants anew, if that is wanted.
-        claimants: M of them, baselines included.
+        claimants: M of them, at first the methods, then the baselines.
         images: `[B, C, H, W]` as the network wants them, in single precision at least.
         dtype: the precision in which it wants them.
         class_ids: int64 `[B]`, the top classes.
         probability: `[B]`, of these.
         maps: of each claimant `[B, h, w]`, in their normal form.
-        others: the same of the classes that follow: `[B, K - 1, h, w]`.
+        others: of each method the same of the classes that follow: `[B, K - 1, h, w]`.
         seeds: a number for each image, which makes the random map.
         steps: of the curves of deletion and insertion.
         batch_size: images per forward pass.
@@ -119,22 +122,24 @@ class Case:
         return images.to(self.dtype, memory_format=like)
 
     def explain(self, images: Tensor, of_images: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Those probabilities, and of each claimant the maps `[N, h, w]` of the same classes."""
+        """Those probabilities, and of each method the maps `[N, h, w]` of the same classes."""
         assert self.explainer is not None
         wanted = self.class_ids[of_images]
         found = self.explainer(self._laid_out(images), wanted)
         probabilities = self.network.probabilities(found.logits).gather(1, wanted[:, None])[:, 0]
         maps = []
-        for claimant in self.claimants:
-            if claimant.method is None:
-                seeds = [self.seeds[index] for index in of_images.tolist()]
-                each = claim(claimant.name, images, seeds, self.network)
-            elif claimant.layer is None:
-                each = found.heatmaps[claimant.method][:, -1]
-            else:
-                each = found.layers[claimant.layer][claimant.method][:, -1]
-            maps.append(normal(each, claimant.relu))
+        for claimant in self.claimants[: len(self.others)]:
+            assert claimant.method is not None
+            of_layer = found.layers[claimant.layer] if claimant.layer else found.heatmaps
+            maps.append(normal(of_layer[claimant.method][:, 0], claimant.relu))
         return probabilities, maps
+
+    def claimed(self, index: int, images: Tensor) -> Tensor:
+        """What a baseline says of images of which one was made of each: `[B, h, w]`."""
+        claimant = self.claimants[index]
+        if claimant.name not in _LOOKING:
+            return self.maps[index]
+        return normal(claim(claimant.name, images, self.seeds, self.network), claimant.relu)
 
 
 def claim(baseline: str, images: Tensor, seeds: Sequence[int], network: Network) -> Tensor:

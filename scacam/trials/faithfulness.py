@@ -102,7 +102,7 @@ class Trials:
         self.steps = steps
         self.batch_size = batch_size
         methods = [one.method for one in claimants if one.method is not None]
-        self.explainer = Explainer(network, list(dict.fromkeys(methods)), top_k=1)
+        self.explainer = Explainer(network, list(dict.fromkeys(methods)), top_k=0)
 
     def of_arrays(
         self,
@@ -158,7 +158,6 @@ class Trials:
         for claimant in self.claimants:
             if claimant.name in BASELINES:
                 own = claim(claimant.name, wide, seeds, self.network)[:, None]
-                own = own.expand(-1, next(iter(heatmaps.values())).shape[1], -1, -1)
             else:
                 own = heatmaps[claimant.name].to(images.device)
             maps.append(normal(own, claimant.relu))
@@ -171,7 +170,7 @@ class Trials:
             class_ids=top,
             probability=said.gather(1, top[:, None])[:, 0],
             maps=[each[:, 0] for each in maps],
-            others=[each[:, 1:] for each in maps],
+            others=[each[:, 1:] for each in maps[: -len(BASELINES)]],
             seeds=seeds,
             steps=self.steps,
             batch_size=self.batch_size,

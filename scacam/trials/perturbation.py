@@ -135,7 +135,9 @@ def _blur(length: int) -> Tensor:
 
 def edge_strength(images: Tensor) -> Tensor:
     """The length of the Sobel gradient of the mean over channels: `[B, H, W]`."""
-    gray = F.pad(images.float().mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-    smooth, slope = torch.tensor([1.0, 2.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
-    kernels = torch.stack([torch.outer(smooth, slope), torch.outer(slope, smooth)])[:, None]
-    return torch.hypot(*F.conv2d(gray, kernels.to(gray)).unbind(1))
+    # Sums of shifted images, which are many times quicker than a convolution of one channel.
+    gray = sum(images.float().unbind(1), torch.zeros(())) / images.shape[1]
+    around = F.pad(gray[:, None], (1, 1, 1, 1), mode="replicate")[:, 0]
+    down = (around[:, :-2] + around[:, 2:]).add_(around[:, 1:-1], alpha=2)
+    across = (around[..., :-2] + around[..., 2:]).add_(around[..., 1:-1], alpha=2)
+    return torch.hypot(down[..., 2:] - down[..., :-2], across[:, 2:] - across[:, :-2])

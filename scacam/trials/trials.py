@@ -6,7 +6,7 @@ which `metrics.METRICS` come. What several claimants would ask alike is asked on
 To add a trial: write its function here and give it a row in `TRIALS`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -62,13 +62,17 @@ def masked(case: Case) -> Scores:
         chosen = slice(start, start + case.batch_size)
         of_images = pairs.images[chosen]
         shown = masks[of_images, pairs.claimants[chosen]][:, None] * case.images[of_images]
-        said, found = case.explain(shown, of_images)
+        said, explained = case.explain(shown, of_images)
         probabilities.append(said)
-        maps.append(found)
-    alike = [
-        correlation(_numpy(own), _numpy(torch.cat([found[index] for found in maps])[places]))
-        for index, (own, places) in enumerate(zip(case.maps, pairs.places.T, strict=True))
-    ]
+        maps.append(explained)
+    of_methods = [torch.cat(of_method) for of_method in zip(*maps, strict=True)]
+    alike = []
+    for index, own in enumerate(case.maps):
+        if index < len(of_methods):
+            found = of_methods[index][pairs.places[:, index]]
+        else:
+            found = case.claimed(index, masks[:, index, None] * case.images)
+        alike.append(correlation(_numpy(own), _numpy(found)))
     return {
         "masked": _numpy(torch.cat(probabilities)[pairs.places]),
         "complexity": _numpy(masks.mean((2, 3))),
@@ -99,15 +103,11 @@ def road(case: Case) -> Scores:
 
 def random_logit(case: Case) -> Scores:
     """The maps beside those of the classes that follow: the mean over these."""
-
-    def likeness(measure: _Likeness) -> np.ndarray:
-        columns = []
-        for own, others in zip(case.maps, case.others, strict=True):
-            found = [measure(_numpy(own), _numpy(other)) for other in others.unbind(1)]
-            columns.append(np.mean(found, axis=0))
-        return np.stack(columns, axis=1)
-
-    return {"random_logit": likeness(rank_correlation), "random_logit_ssim": likeness(_ssim)}
+    pairs = zip(case.maps, case.others, strict=False)
+    own = [maps[:, None].expand_as(others).flatten(0, 1) for maps, others in pairs]
+    found = _likeness("random_logit", case, own, [maps.flatten(0, 1) for maps in case.others])
+    images = len(case.images)
+    return {name: each.reshape(images, -1, each.shape[1]).mean(1) for name, each in found.items()}
 
 
 def random_head(case: Case) -> Scores:
@@ -123,14 +123,17 @@ def random_network(case: Case) -> Scores:
 def sensitivity(case: Case) -> Scores:
     """The largest change of a map in ten draws of noise, relative to its length."""
     generator = torch.Generator().manual_seed(0)
+    lengths = [_length(own) for own in case.maps]
     largest = torch.zeros(len(case.images), len(case.maps), device=case.images.device)
     for _ in range(_DRAWS):
         noise = 2 * torch.rand(case.images.shape[1:], generator=generator) - 1
-        found = _explained(case, case.images + _RADIUS * noise.to(case.images))
+        images = case.images + _RADIUS * noise.to(case.images)
+        found = _explained(case, images)
+        found += [case.claimed(index, images) for index in range(len(found), len(case.maps))]
         for index, (own, other) in enumerate(zip(case.maps, found, strict=True)):
-            change, length = (
-                torch.linalg.vector_norm(each, dim=(1, 2)) for each in (other - own, own)
-            )
+            if other is own:
+                continue
+            change, length = _length(other - own), lengths[index]
             share = torch.where(length > 0, change / length, (change > 0).to(change))
             largest[:, index] = torch.maximum(largest[:, index], share)
     return {"sensitivity": _numpy(largest)}
@@ -144,8 +147,6 @@ TRIALS: dict[str, Callable[[Case], Scores]] = {
     )
 }
 """All trials by name, as the metrics need them."""
-
-_Likeness = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def _asked_in_steps(case: Case, front: Tensor, back: Tensor) -> Tensor:
@@ -167,28 +168,37 @@ def _curve(name: str, case: Case, first: Tensor, inner: Tensor, last: Tensor) ->
 
 
 def _explained(case: Case, images: Tensor) -> list[Tensor]:
-    """Of each claimant the maps of the images of a case, or of what was made of each."""
+    """Of each method the maps of the images of a case, or of what was made of each."""
     everyone = torch.arange(len(images), device=images.device)
     parts = [case.explain(images[some], some)[1] for some in everyone.split(case.batch_size)]
-    return [torch.cat(of_claimant) for of_claimant in zip(*parts, strict=True)]
+    return [torch.cat(of_method) for of_method in zip(*parts, strict=True)]
 
 
 def _drawn(name: str, case: Case, only_head: bool) -> Scores:
     with drawn_anew(case.network, redrawn(case.network, only_head)):
         found = _explained(case, case.images)
-    pairs = [(_numpy(own), _numpy(other)) for own, other in zip(case.maps, found, strict=True)]
-    return {
-        name: np.stack([rank_correlation(*pair) for pair in pairs], axis=1),
-        f"{name}_ssim": np.stack([_ssim(*pair) for pair in pairs], axis=1),
-    }
+    return _likeness(name, case, case.maps[: len(found)], found)
 
 
-def _ssim(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    one, other = (
-        _numpy(between_0_and_1(torch.from_numpy(np.ascontiguousarray(maps))))
-        for maps in (first, second)
-    )
-    return ssim(one, other)
+def _likeness(name: str, case: Case, own: Sequence[Tensor], others: Sequence[Tensor]) -> Scores:
+    """How alike maps of each method are to others of it, `[N, h, w]`, those of one size at once.
+
+    Baselines, which look at neither class nor network, have the same maps again: 1.
+    """
+    ranks, structure = (np.ones((len(own[0]), len(case.maps))) for _ in range(2))
+    sizes = [maps.shape[1:] for maps in own]
+    for size in set(sizes):
+        methods = [index for index, each in enumerate(sizes) if each == size]
+        pair = [torch.cat([maps[index] for index in methods]) for maps in (own, others)]
+        found = rank_correlation(*map(_numpy, pair))
+        ranks[:, methods] = found.reshape(len(methods), -1).T
+        found = ssim(*(_numpy(between_0_and_1(maps)) for maps in pair))
+        structure[:, methods] = found.reshape(len(methods), -1).T
+    return {name: ranks, f"{name}_ssim": structure}
+
+
+def _length(maps: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(maps.flatten(1), dim=1)
 
 
 def _numpy(values: Tensor) -> np.ndarray:

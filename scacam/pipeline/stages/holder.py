@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from scacam.networks import Network
 
-__all__ = ["Holder", "settle"]
+__all__ = ["Holder"]
 
 _Seen = TypeVar("_Seen")
 
@@ -68,7 +68,7 @@ class Holder:
         gc.disable()  # what torch makes as it loads is no garbage, and there is much of it
         self.network = load()
         gc.enable()
-        self.device, self.batch_size = settle(self.network, batch_size)
+        self.device, self.batch_size = _settle(self.network, batch_size)
         if bfloat16:
             self.network.module.bfloat16()
         self.sampling = sampling
@@ -169,7 +169,7 @@ class Holder:
         os._exit(1)
 
 
-def settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, int]":
+def _settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, int]":
     """Move a network to where this process runs it.
 
     Args:
