@@ -208,16 +208,15 @@ def test_nothing_is_said_of_answers_that_are_all_unsure(tmp_path):
 
 
 def test_sums_are_made_in_tasks_in_the_order_of_the_items():
+    def refusing(*parts: int) -> int:
+        raise TypeError("too few")
+
     get = added_in_tasks(lambda n: str(n), lambda *parts: " ".join(parts), range(40))
     assert get() == " ".join(map(str, range(40)))
     with pytest.raises(ZeroDivisionError):
         added_in_tasks(lambda n: 1 // n, max, [1, 0, 2])
     with pytest.raises(TypeError, match="too few"):
         added_in_tasks(lambda n: n, refusing, range(3))
-
-
-def refusing(*parts: int) -> int:
-    raise TypeError("too few")
 
 
 def test_what_cannot_be_audited_is_refused(tmp_path):
