@@ -28,7 +28,7 @@ _SHARES = range(10, 100, 10)
 _NOISE = 0.01
 """On imputed pixels, in units of the normalised image (Rong et al. 2022)."""
 
-_UNSOLVED = _NOISE / 25
+_UNSOLVED = _NOISE / 50
 """By how much the last round of its solution may change an imputed image. Probabilities are then
 4e-5 from those at the solution (root mean square, EfficientNet-Lite0); another draw of the noise
 changes them by 0.017."""
