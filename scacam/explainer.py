@@ -14,10 +14,11 @@ from scacam.methods import DEFAULT_METHODS, METHODS, gap_cam, grad_cam
 from scacam.methods.attention import Attention
 from scacam.methods.channels import Channels, top_channels
 from scacam.methods.gradients import Gradients
-from scacam.methods.linear_head import LinearHead
+from scacam.methods.linear_head import GeneralHead, LinearHead
 from scacam.networks import Network
 from scacam.networks.anatomy.backward import differentiable, differentiate, through_block
 from scacam.networks.anatomy.block import Attended, LastBlock, attending, pruned
+from scacam.networks.anatomy.head import Head
 from scacam.networks.anatomy.layer import Capture, TargetLayer, capture
 from scacam.networks.anatomy.tokens import kept
 
@@ -34,8 +35,9 @@ class Observation(NamedTuple):
         class_ids: int64 `[B, K]`, the top classes in falling order, then the label if given.
         features: `[B, C, h, w]`, in single precision at least.
         gradients: of the logits of `class_ids` with respect to the features.
-        class_weights: `[B, K, C]`, or None where the network has none.
-        linear_head: what methods may ask of a head with class weights, if that was wanted.
+        class_weights: `[B, K, C]`, or None where the network has none; of a head that is linear but
+            for the scale of each image, those at that scale.
+        of_head: what methods may ask of the head, if that was wanted.
         finer_features: `[B, C, H, W]` of the finer layer, if they were wanted.
         attention: of the tokens of a transformer, if it was wanted.
         earlier: by name, what the layers show that run before the target layer.
@@ -46,7 +48,7 @@ class Observation(NamedTuple):
     features: Tensor
     gradients: Gradients
     class_weights: Tensor | None
-    linear_head: LinearHead | None
+    of_head: LinearHead | GeneralHead | None
     finer_features: Tensor | None
     attention: Attention | None
     earlier: "dict[str, Observation]"
@@ -59,7 +61,7 @@ def observe(
     labels: Tensor | None = None,
     *,
     finer: bool = False,
-    linear_head: bool = False,
+    of_head: bool = False,
     attention: Literal["none", "last", "all"] = "none",
 ) -> Observation:
     """Run a network once and take what its layers show.
@@ -70,7 +72,7 @@ def observe(
         top_k: how many of the most probable classes to look at.
         labels: int64 `[B]`, one more class of each image; left out, none.
         finer: whether to take the finer layer's features as well.
-        linear_head: whether to take what methods may ask of a head with class weights.
+        of_head: whether to take what methods may ask of the head.
         attention: of which blocks of a transformer that classifies a token to take it.
 
     Raises:
@@ -93,7 +95,7 @@ def observe(
     if finer_layer is not None:
         wanted.add(finer_layer)
     scores = None
-    if linear_head and network.head.kind == "scores" and network.head.classifier:
+    if of_head and network.head.kind == "scores" and network.head.classifier:
         scores = TargetLayer(network.head.classifier)
         wanted.add(scores)
     with torch.inference_mode(False), torch.no_grad():
@@ -119,29 +121,21 @@ def observe(
             earlier: dict[str, Observation] = {}
             for layer, head, *_ in network.layers:
                 features = _widened(captured.of(layer).detach())
-                weights = head.class_weights(network.module)
-                chosen = None if weights is None else weights[class_ids].to(features.dtype)
+                weights = _class_weights(network, head, images, features, class_ids)
                 slopes: Gradients
                 if layer in by_autograd:
                     slopes = by_autograd[layer]
                     slopes = _widened(slopes[..., :1, :1] if head.is_even else slopes)
                 else:
                     slopes = head.gradients(network.module, features, class_ids)
-                asked = None
-                if linear_head and weights is not None and head.kind != "general":
-                    asked = LinearHead(
-                        head.kind,
-                        weights.to(features.dtype),
-                        head.biases(network.module).to(features.dtype),
-                        logits.detach().to(features.dtype),
-                        class_ids,
-                        partial(head.gradients, network.module, features),
-                        network.output.kind == "softmax",
-                        None if scores is None else _widened(captured.of(scores).detach()),
-                    )
                 seen = Observation(
-                    logits.detach(), class_ids, features, slopes, chosen, asked, None, None, {}
+                    logits.detach(), class_ids, features, slopes, weights, None, None, None, {}
                 )
+                if of_head:
+                    asked = _of_head(network, head, seen, images, attended)
+                    if scores is not None and isinstance(asked, LinearHead):
+                        asked = asked._replace(scores=_widened(captured.of(scores).detach()))
+                    seen = seen._replace(of_head=asked)
                 if layer != network.target_layer:
                     earlier[layer.name] = seen
             shown = None
@@ -182,6 +176,41 @@ def _differentiated(
     weights = [seen.weights for seen in attended]
     found = differentiate(logits, [*leaves, *weights], class_ids)
     return dict(zip(general, found, strict=False)), found[-1] if weights else None
+
+
+def _class_weights(
+    network: Network, head: Head, images: Tensor, features: Tensor, class_ids: Tensor
+) -> Tensor | None:
+    """Class weights `[B, K, C]` on the pooled features of a layer, if its head has any."""
+    if head.is_scaled and head.alone is not None:
+        return head.alone.weights_at_own_scale(
+            network.module, network.logits, images, features.mean((2, 3)), class_ids
+        )
+    weights = head.class_weights(network.module)
+    return None if weights is None else weights[class_ids].to(features.dtype)
+
+
+def _of_head(
+    network: Network, head: Head, seen: Observation, images: Tensor, attended: Sequence[Attended]
+) -> LinearHead | GeneralHead | None:
+    """What methods may ask of a layer's head."""
+    module, is_softmax = network.module, network.output.kind == "softmax"
+    if head.alone is not None and head.alone.is_cheap:
+        run = partial(head.alone.of_cells, module, network.logits, images, seen.features, attended)
+        return GeneralHead(run, seen.class_ids, is_softmax)
+    weights, dtype = head.class_weights(module), seen.features.dtype
+    if weights is None or head.kind == "general":
+        return None
+    return LinearHead(
+        head.kind,
+        weights.to(dtype),
+        head.biases(module).to(dtype),
+        seen.logits.to(dtype),
+        seen.class_ids,
+        partial(head.gradients, module, seen.features),
+        is_softmax,
+        None,
+    )
 
 
 def _image_tokens(network: Network, of_tokens: Tensor) -> Tensor:
@@ -275,7 +304,7 @@ class Explainer:
             self.top_k,
             labels,
             finer=any(map(_is_finer, self.methods)),
-            linear_head=any(METHODS[name].needs_head for name in self.methods),
+            of_head=any(METHODS[name].needs_head for name in self.methods),
             attention=max(
                 (METHODS[name].needs_attention for name in self.methods),
                 key=("none", "last", "all").index,
@@ -312,7 +341,7 @@ def _maps(method: str, seen: Observation) -> Tensor:
     """The maps of a method of what one layer shows."""
     function = METHODS[method].function
     if METHODS[method].needs_head:
-        return function(seen.features, seen.linear_head)
+        return function(seen.features, seen.of_head)
     if METHODS[method].needs_attention != "none":
         return function(seen.attention)
     shown = seen.features, seen.gradients, seen.class_weights

@@ -19,7 +19,7 @@ from scacam.audit.attention import (
     outside,
 )
 from scacam.audit.maps import top_maps
-from scacam.audit.passes import Judge, Judged, Look, Opening, Seen, merged
+from scacam.audit.passes import Judge, Judged, Look, Opening, Seen
 from scacam.evaluation.truth import TrueBoxes
 
 SIZE, MAPS = 48, 6
@@ -114,7 +114,7 @@ def _judged(run: scacam.Run, objects: TrueBoxes | None) -> tuple[Seen, Judged]:
     """What the two passes come to, without Ray."""
     seen = Look(Opening(run.path), lambda: objects)(run.image_ids)
     learnt = {name: one.gathered.learn() for name, one in seen.items()}
-    found = merged([Judge(Opening(run.path), lambda: objects, lambda: learnt)(run.image_ids)])
+    found = Judge(Opening(run.path), lambda: objects, lambda: learnt)(run.image_ids)
     return seen["tiny"], found["tiny"]
 
 
@@ -258,12 +258,12 @@ def test_networks_agree_by_class_id_whatever_its_name(
 
 
 def test_a_sample_is_spread_evenly_and_small_runs_are_taken_whole() -> None:
-    ids = np.arange(1_000_003)
-    parts = sample(ids)
+    images = 1_000_003
+    parts = sample(images)
     every = np.concatenate(parts)
     assert len(parts) == 16
     assert 4000 < len(np.unique(every)) == len(every) <= 4096
-    assert (every.min(), every.max()) == (0, len(ids) - 1)
+    assert (every.min(), every.max()) == (0, images - 1)
     assert all((np.diff(part) == 1).all() for part in parts)
-    np.testing.assert_array_equal(np.concatenate(sample(ids[:4000])), ids[:4000])
-    assert [part.tolist() for part in sample(ids[:3])] == [[0, 1, 2]]
+    np.testing.assert_array_equal(np.concatenate(sample(4000)), np.arange(4000))
+    assert [part.tolist() for part in sample(3)] == [[0, 1, 2]]

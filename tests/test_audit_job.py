@@ -17,6 +17,7 @@ from scacam.errors import RunError
 from scacam.evaluation.tables import TRUE_BOXES
 from scacam.jobs import audit
 from scacam.jobs import report as reporting
+from scacam.pipeline.tasks import added_in_tasks
 from scacam.storage.parquet import write_table
 from scacam.tables import predictions_folder
 
@@ -90,6 +91,13 @@ def out(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture
+def without_manifest(monkeypatch):
+    """Nothing in this process may hold what a run knows of every image."""
+    for name in ("manifest", "image_ids"):
+        monkeypatch.delattr(scacam.Run, name)
+
+
 def table(out: Path, name: str):
     return pq.ParquetDataset(out / "metrics" / name).read().to_pandas()
 
@@ -158,7 +166,7 @@ def test_it_says_who_stands_out(out):
     assert "tables:" in told
 
 
-def test_nothing_depends_on_the_tasks(out, tmp_path):
+def test_nothing_depends_on_the_tasks(out, tmp_path, without_manifest):
     """All in one task comes to the same."""
     whole = tmp_path / "out"
     shutil.copytree(out, whole)
@@ -199,6 +207,19 @@ def test_nothing_is_said_of_answers_that_are_all_unsure(tmp_path):
     )
 
 
+def test_sums_are_made_in_tasks_in_the_order_of_the_items():
+    get = added_in_tasks(lambda n: str(n), lambda *parts: " ".join(parts), range(40))
+    assert get() == " ".join(map(str, range(40)))
+    with pytest.raises(ZeroDivisionError):
+        added_in_tasks(lambda n: 1 // n, max, [1, 0, 2])
+    with pytest.raises(TypeError, match="too few"):
+        added_in_tasks(lambda n: n, refusing, range(3))
+
+
+def refusing(*parts: int) -> int:
+    raise TypeError("too few")
+
+
 def test_what_cannot_be_audited_is_refused(tmp_path):
     with pytest.raises(RunError, match="no run"):
         audit.run(run=str(tmp_path))
@@ -232,7 +253,7 @@ def test_the_best_of_parts_are_the_best_of_all():
         np.testing.assert_array_equal(merged.values[merged.groups == group, 0], scores)
 
 
-def test_the_report_shows_what_the_audit_found(out):
+def test_the_report_shows_what_the_audit_found(out, without_manifest):
     page = Path(reporting.run(run=str(out)).path).read_text()
     assert "Right for the wrong reason" in page
     assert "fall below one half" in page

@@ -7,11 +7,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 
-from scacam import load_network
+from scacam import Network, load_network
 from scacam.explainer import observe
 from scacam.inputs.manifest import read_manifest
 from scacam.jobs import caw
@@ -172,6 +174,45 @@ def test_a_job_that_is_stopped_goes_on(photo_folder, tmp_path: Path, monkeypatch
     assert [path.name for path in (out / "metrics").iterdir()] == ["caw.parquet"]
 
 
+def observing(network: Network) -> caw.Observe:
+    """The stage by itself, four images at a time."""
+    settings = {"sampling": 0, "bfloat16": False, "last_use": True, "batch_size": 4}
+    return caw.Observe(lambda: network, **settings, is_last=False, tally=None)
+
+
+def test_an_image_on_which_the_network_fails_counts_for_none(photo_folder, tmp_path: Path) -> None:
+    """Whatever it raises, or if its gradients are none; the images beside it count."""
+    folder = photo_folder(6)
+    Image.new("RGB", (40, 40), "white").save(folder / "photo 0002 white.png")
+    Image.new("RGB", (40, 40), "black").save(folder / "photo 0003 black.png")
+    network = load_network("tests.tiny_networks:colours")
+
+    stage = observing(network)
+    observed = stage._observed
+
+    def faulty(samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        means = samples.mean((1, 2, 3))
+        if (means == 255).any():
+            raise TypeError("too white\nby far")
+        ids, averaged = observed(samples)
+        return ids, np.where(means[:, None] == 0, np.nan, averaged)
+
+    stage._observed = faulty
+    manifest = read_manifest(str(folder)).table
+    decode = Decode([sampling_of(network.preprocessing)], "center_crop", None)
+    block = stage(decode(manifest))
+    failed = block.filter(pc.is_valid(block["error"])).select(["stage", "error", "message"])
+    assert [tuple(row.values()) for row in failed.to_pylist()] == [
+        ("observe", "failed", "TypeError: too white"),
+        ("observe", "not_finite", f"{network.name} gives gradients that are not finite"),
+    ]
+    seen = caw.Seen.before(str(tmp_path / "caw.partial.npz"), manifest, [network])
+    seen.add(block)
+    assert seen.done.all()
+    assert seen.errors == {"failed": 1, "not_finite": 1}
+    assert seen.weights[0].images == 6
+
+
 def test_what_was_seen_is_taken_up_again(photo_folder, tmp_path: Path) -> None:
     """Half before the stop and half after it, with an image that fails in each."""
     folder = photo_folder(12)
@@ -180,7 +221,7 @@ def test_what_was_seen_is_taken_up_again(photo_folder, tmp_path: Path) -> None:
     network = load_network("tests.tiny_networks:colours")
     manifest = read_manifest(str(folder)).table
     decode = Decode([sampling_of(network.preprocessing)], "center_crop", None)
-    observe = caw.Observe(lambda: network, sampling=0, batch_size=4, is_last=False, tally=None)
+    observe = observing(network)
     whole = caw.Seen.before(str(tmp_path / "whole.npz"), manifest, [network])
     whole.add(observe(decode(manifest)))
     path = str(tmp_path / "caw.partial.npz")

@@ -16,6 +16,7 @@ import pytest
 from made_runs import Images, Said, write_run
 from servers import BUCKET, ObjectStore
 
+from scacam.evaluation import intervals
 from scacam.evaluation.tables import CURVES, DIFFERENCES, IMAGE_SCORES, LOCALIZATION
 from scacam.jobs.command import run_job
 
@@ -320,6 +321,27 @@ def test_zero_images_are_refused(small_run, tmp_path, capsys):
     boxes.write_text("file,x0,y0,x1,y1\n0 of 2.jpg,500,2,600,4\n")
     assert main(["--run", small_run, "--boxes", str(boxes)]) == 2
     assert "zero images" in capsys.readouterr().err
+
+
+def test_images_beyond_the_number_of_groups_share_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(intervals, "GROUPS", 2)
+    drawn = []
+
+    def draws(images: np.ndarray) -> np.ndarray:
+        drawn.append(images)
+        return plain_draws(images)
+
+    plain_draws = intervals.draws
+    monkeypatch.setattr(intervals, "draws", draws)
+    maps = [block(*TRUTH)] * 5
+    path = made_run(tmp_path / "out", [0] * 5, [[0, 1]] * 5, maps, maps)
+    rows = [(f"{image} of 5.jpg", *TRUTH) for image in range(5)]
+    boxes = pd.DataFrame(rows, columns=["file", "x0", "y0", "x1", "y1"])
+    boxes.to_csv(tmp_path / "boxes.csv", index=False)
+    assert main(["--run", path, "--boxes", str(tmp_path / "boxes.csv")]) == 0
+    (images,) = drawn
+    assert len(images) == 2
+    assert images.sum() == 5
 
 
 def test_files_of_one_name_are_refused(tmp_path, capsys):

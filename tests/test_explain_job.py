@@ -256,24 +256,41 @@ def test_only_the_workers_of_networks_load_torch(tmp_path):
     assert receiver.stdout.strip() == b"False", receiver.stderr.decode()
 
 
+def raw_maps(output):
+    """The maps of a run of one network and layer, in a fixed order."""
+    (folder,) = (output / "explanations").glob("*/*")
+    rows = pq.read_table(folder, partitioning=None).sort_by(
+        [(key, "ascending") for key in ("image_id", "class_id", "method")]
+    )
+    rows = rows.filter(pc.field("class_name") != "gray")  # its weights cancel each other
+    found = rows["heatmap"].combine_chunks().to_numpy_ndarray().astype(np.float32)
+    return found * rows["scale"].to_numpy()[:, None, None]
+
+
 @pytest.mark.long
 def test_bfloat16_gives_the_same_maps_but_for_its_rounding(tmp_path, photo_folder, capsys):
     folder = photo_folder(6)
     maps = []
     for name, arguments in (("whole", []), ("half", ["--bfloat16"])):
         assert run(folder, tmp_path / name, *arguments) == 0
-        (shard_folder,) = (tmp_path / name / "explanations").glob("*/*")
-        rows = pq.read_table(shard_folder, partitioning=None).sort_by(
-            [(key, "ascending") for key in ("image_id", "class_id", "method")]
-        )
-        rows = rows.filter(pc.field("class_name") != "gray")  # its weights cancel each other
-        found = rows["heatmap"].combine_chunks().to_numpy_ndarray().astype(np.float32)
-        maps.append(found * rows["scale"].to_numpy()[:, None, None])
+        maps.append(raw_maps(tmp_path / name))
     # Eight bits of mantissa; the network multiplies three times.
     differences = np.abs(maps[1] - maps[0]).max((1, 2)) / np.abs(maps[0]).max((1, 2))
     assert 1e-4 < differences.max() < 3 * 2**-8
     assert run(folder, tmp_path / "whole", "--bfloat16") == 2
     assert "bfloat16: False → True" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_compiled_networks_give_the_same_maps(tmp_path, photo_folder, capsys):
+    folder = photo_folder(3)
+    maps = []
+    for name, arguments in (("plain", []), ("compiled", ["--compile"])):
+        assert run(folder, tmp_path / name, *arguments) == 0
+        maps.append(raw_maps(tmp_path / name))
+    assert np.abs(maps[1] - maps[0]).max() < 2**-10 * np.abs(maps[0]).max()
+    assert run(folder, tmp_path / "plain", "--compile") == 2
+    assert "compile: False → True" in capsys.readouterr().err
 
 
 def test_failed_images_are_tried_again(tmp_path, photo):

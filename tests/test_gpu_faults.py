@@ -55,6 +55,7 @@ def stage(network, sizes: list[int], error: Exception | None = None) -> Explain:
         embeddings=False,
         sampling=0,
         bfloat16=False,
+        compile=False,
         last_use=True,
         batch_size=16,
         is_last=False,

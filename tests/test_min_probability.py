@@ -39,6 +39,7 @@ def _explained(
         embeddings=False,
         view="center_crop",
         bfloat16=False,
+        compile=False,
         batch_size=16,
     )
     decode, (arguments,), localize = stages(options, [network], None)

@@ -12,7 +12,9 @@ from made_runs import Images, Said, write_run
 from PIL import Image
 
 import scacam
+import scacam.runs.images
 from scacam import RunError
+from scacam.inputs.containers import Place
 from scacam.runs.describe import package_version
 
 RAMP = np.arange(4, dtype=np.float32).reshape(2, 2)
@@ -220,6 +222,23 @@ def test_shards_of_other_images_are_not_opened(tmp_path: Path) -> None:
     assert found["image_id"].to_pylist() == [0, 2]
     with pytest.raises(pa.ArrowInvalid):
         run.explanations("net", image_ids=[3]).to_table()
+
+
+def test_images_are_looked_up_piece_by_piece(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(scacam.runs.images, "_AT_ONCE", 64)
+    columns = {"image_id": range(1000), "uri": [f"{i}.jpg" for i in range(1000)]}
+    manifest = pa.table(columns | {"label": pa.array([None] * 999 + [3], pa.int32())})
+    pq.write_table(manifest, tmp_path / "manifest.parquet", row_group_size=300)
+    looked = scacam.runs.images.Images(str(tmp_path))
+    assert (looked.count, looked.labelled) == (1000, True)
+    for asked in ([], [999, 0], [301, 299, 300, 300], [-1, 1000], range(50, 700)):
+        expected = sorted(set(asked) & set(range(1000)))
+        rows = looked.rows(asked, ["image_id", "uri", "offset"])
+        assert rows.column_names == ["image_id", "uri"]
+        assert rows["image_id"].to_pylist() == expected
+        assert looked.places(asked) == {i: Place(f"{i}.jpg", None, None) for i in expected}
+    with pytest.raises(RunError, match="cannot read"):
+        scacam.runs.images.Images(str(tmp_path / "none")).rows([0], ["uri"])
 
 
 def test_a_package_that_another_stands_in_for_has_no_version():

@@ -196,7 +196,7 @@ def test_the_images_of_a_run_are_those_that_its_checkpoint_does_not_have(tmp_pat
     context = ray.data.DataContext.get_current()
     context.checkpoint_config = checkpoint(str(tmp_path))
     try:
-        images_of(str(tmp_path), 0.5).write_parquet(str(tmp_path / "left"))
+        images_of(str(tmp_path), 0.5, 1000, 300).write_parquet(str(tmp_path / "left"))
     finally:
         context.checkpoint_config = None
     left = ds.dataset(tmp_path / "left").to_table() if len(done) < 1000 else MANIFEST.empty_table()

@@ -6,9 +6,16 @@ import torch
 from scipy.special import expit, logit
 
 from scacam.audit.attention import fixed_place
-from scacam.audit.classes import SAMPLE, Answers, Gathered, find_parts
-from scacam.audit.components import Contributions, find_component, find_shortcut, where
+from scacam.audit.classes import SAMPLE, Answers, Gathered
+from scacam.audit.components import (
+    Components,
+    Contributions,
+    find_component,
+    find_shortcut,
+    where,
+)
 from scacam.audit.kinds import KINDS, Tally, scored, strengths
+from scacam.audit.likeness import find_parts
 from scacam.methods.channels import top_channels
 from scacam.methods.gradients import MaskedGradients
 
@@ -73,6 +80,24 @@ def test_the_fall_is_that_of_the_softmax_without_the_component():
     component = find_component(contributions)
     without = np.exp(1.2) / (np.exp(1.2) + np.exp(others).sum())
     np.testing.assert_allclose(component.falls(contributions, p), p - without, atol=1e-9)
+
+
+def test_all_classes_at_once_fall_as_each_by_itself():
+    rng = np.random.default_rng(0)
+    some = answers(rng, 90, 4)
+    found = {
+        class_id: find_component(some.contributions.of(some.class_ids == class_id))
+        for class_id in (0, 3, 2)
+    }
+    every = Components.of(found, 4)
+    falls = every.falls(some.class_ids, some.contributions, some.probabilities)
+    for class_id, own in found.items():
+        rows = some.class_ids == class_id
+        alone = own.falls(some.contributions.of(rows), some.probabilities[rows])
+        np.testing.assert_allclose(falls[rows], alone)
+    assert np.isnan(falls[some.class_ids == 1]).all()
+    none = Components.of({}, 4).falls(some.class_ids, some.contributions, some.probabilities)
+    assert np.isnan(none).all()
 
 
 def test_alike_images_owe_nothing():

@@ -59,11 +59,14 @@ the corners, over so many images whose map is not zero."""
 _STRETCH, _STRETCHES = 256, 16
 
 
-def sample(image_ids: np.ndarray) -> list[np.ndarray]:
-    """At most 4,096 of the images, in stretches evenly spaced: few shards have to be opened."""
-    parts = np.array_split(image_ids, max(1, -(-len(image_ids) // _STRETCH)))
-    chosen = np.linspace(0, len(parts) - 1, min(len(parts), _STRETCHES)).round().astype(int)
-    return [parts[place] for place in chosen]
+def sample(images: int) -> list[np.ndarray]:
+    """The ids of at most 4,096 of so many images, in stretches evenly spaced.
+
+    So few shards have to be opened.
+    """
+    parts = max(1, -(-images // _STRETCH))
+    chosen = np.linspace(0, parts - 1, min(parts, _STRETCHES)).round().astype(int).tolist()
+    return [np.arange(images * part // parts, images * (part + 1) // parts) for part in chosen]
 
 
 class Pair(NamedTuple):

@@ -6,8 +6,8 @@ and a sample of so many images, the same whatever the parts.
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, NamedTuple
+from functools import cached_property, partial
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -15,12 +15,22 @@ import pyarrow as pa
 from scacam.audit.components import (
     CONFIDENT,
     MIN_IMAGES,
+    Components,
     Contributions,
     Shortcut,
     find_shortcut,
 )
+from scacam.audit.likeness import Parts, find_parts
 
-__all__ = ["ANSWERED", "CLASSES", "SAMPLE", "Answers", "Gathered", "Learnt", "Parts", "find_parts"]
+__all__ = [
+    "ANSWERED",
+    "CLASSES",
+    "SAMPLE",
+    "Answers",
+    "Gathered",
+    "Known",
+    "Learnt",
+]
 
 CLASSES = pa.schema(
     [
@@ -47,11 +57,10 @@ ANSWERED = ("images", "labelled", "right", "in_top", "probability")
 
 SAMPLE = 256
 """So many images of a class are kept to find its component and its sorts of maps."""
-_ROUNDS = 20
-_AT_ONCE = 16
 _CLASSES_AT_ONCE = 32
 
-Each = Callable[[Callable[["Answers"], Any], Iterable["Answers"]], Iterable[Any]]
+Known = tuple[dict[int, Shortcut], dict[int, "Parts"]]
+"""The shortcuts of some classes, and their two sorts of maps."""
 
 
 class Answers(NamedTuple):
@@ -105,55 +114,8 @@ class Answers(NamedTuple):
             yield int(class_id), part
 
 
-class Parts(NamedTuple):
-    """The two sorts of maps of a class.
-
-    Attributes:
-        mean: `[h, w]` of all its maps.
-        centres: `[2, h, w]`, the means of the smaller part and of the larger one.
-        spread: the mean squared distance of its maps from the mean.
-    """
-
-    mean: np.ndarray
-    centres: np.ndarray
-    spread: float
-
-    def scores(self, shares: np.ndarray) -> np.ndarray:
-        """How much better the centre of the smaller part describes maps than the mean does.
-
-        Relative to the spread of the class; 0 for the maps of the larger part.
-        """
-        distances = [((shares - one) ** 2).sum((1, 2)) for one in (self.mean, *self.centres)]
-        smaller = distances[1] < distances[2]
-        return np.where(smaller, distances[0] - distances[1], 0) / self.spread
-
-
-def find_parts(shares: np.ndarray) -> Parts | None:
-    """Divide the maps of a class `[N, h, w]` in two by 2-means; None if they are all alike.
-
-    Begins with the two sides of the first principal component, so nothing is left to chance.
-    """
-    flat = shares.reshape(len(shares), -1).astype(np.float64)
-    mean = flat.mean(0)
-    spread = float(((flat - mean) ** 2).sum(1).mean())
-    if spread <= 1e-12:
-        return None
-    _, vectors = np.linalg.eigh((flat - mean).T @ (flat - mean))
-    first = (flat - mean) @ vectors[:, -1] > 0
-    centres = np.stack([flat[first].mean(0), flat[~first].mean(0)])
-    for _ in range(_ROUNDS):
-        nearer = ((flat - centres[0]) ** 2).sum(1) < ((flat - centres[1]) ** 2).sum(1)
-        if (nearer == first).all() or nearer.all() or not nearer.any():
-            break
-        first = nearer
-        centres = np.stack([flat[first].mean(0), flat[~first].mean(0)])
-    if 2 * first.sum() > len(flat):
-        centres = centres[::-1]
-    shape = shares.shape[1:]
-    return Parts(mean.reshape(shape), centres.reshape(2, *shape), spread)
-
-
-class Learnt(NamedTuple):
+@dataclass(frozen=True)
+class Learnt:
     """What is known of each of K classes of a network.
 
     Attributes:
@@ -172,12 +134,43 @@ class Learnt(NamedTuple):
     shortcuts: dict[int, Shortcut]
     parts: dict[int, Parts]
 
-    def spread(self, class_id: int) -> float:
-        """The mean squared distance of the maps of a class from the usual one; 0 if they are it."""
-        count, squares = self.mapped[class_id], self.squares[class_id]
-        across = float((self.usual * self.totals[class_id]).sum())
-        spread = squares - 2 * across + count * float((self.usual**2).sum())
-        return spread / count if spread > 1e-12 * squares else 0.0
+    @cached_property
+    def spreads(self) -> np.ndarray:
+        """`[K]`, the mean squared distance of maps from the usual one; 0 if they are it."""
+        across = (self.usual * self.totals).sum((1, 2))
+        spreads = self.squares - 2 * across + self.mapped * (self.usual**2).sum()
+        return np.where(spreads > 1e-12 * self.squares, spreads / self.mapped.clip(min=1), 0)
+
+    @cached_property
+    def _components(self) -> Components:
+        found = {class_id: one.component for class_id, one in self.shortcuts.items()}
+        return Components.of(found, len(self.mapped))
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        places = np.full(len(self.mapped), np.nan)
+        for class_id, shortcut in self.shortcuts.items():
+            places[class_id] = shortcut.place
+        return places
+
+    @cached_property
+    def _parts(self) -> Parts:
+        """Of all classes, NaN where nothing is known."""
+        count, shape = len(self.mapped), self.usual.shape
+        columns = (np.full((count, *each), np.nan) for each in (shape, (2, *shape), ()))
+        every = Parts(*columns)
+        for class_id, own in self.parts.items():
+            for column, value in zip(every, own, strict=True):
+                column[class_id] = value
+        return every
+
+    def divided(self, answers: Answers) -> np.ndarray:
+        """How far maps are of the smaller sort of their class, see `Parts.scores`.
+
+        `[N]`, NaN where nothing is known of the class.
+        """
+        own = Parts(*(column[answers.class_ids] for column in self._parts))
+        return own.scores(answers.shares)
 
     def falls(self, answers: Answers) -> np.ndarray:
         """How far the probability of confident answers falls without their class's component.
@@ -185,22 +178,18 @@ class Learnt(NamedTuple):
         `[N]`, NaN for others and where nothing is known of the class.
         """
         found = np.full(len(answers.class_ids), np.nan)
-        if answers.contributions is None:
-            return found
-        for class_id, rows in answers.by_class(answers.probabilities >= CONFIDENT):
-            if class_id in self.shortcuts:
-                component = self.shortcuts[class_id].component
-                found[rows] = component.falls(
-                    answers.contributions.of(rows), answers.probabilities[rows]
-                )
+        if answers.contributions is not None:
+            rows = np.flatnonzero(answers.probabilities >= CONFIDENT)
+            found[rows] = self._components.falls(
+                answers.class_ids[rows],
+                answers.contributions.of(rows),
+                answers.probabilities[rows],
+            )
         return found
 
     def suspicion(self, answers: Answers, falls: np.ndarray) -> np.ndarray:
         """How suspicious answers are by their falls `[N]`: these, times the place of the class."""
-        places = np.full(len(self.mapped), np.nan)
-        for class_id, shortcut in self.shortcuts.items():
-            places[class_id] = shortcut.place
-        return falls * places[answers.class_ids]
+        return falls * self._places[answers.class_ids]
 
 
 @dataclass
@@ -233,22 +222,24 @@ class Gathered:
         return found
 
     @classmethod
-    def merge(cls, parts: Iterable["Gathered"]) -> "Gathered":
-        """The sum of at least one, some at a time."""
-        parts = iter(parts)
-        total = next(parts)
-        while few := list(islice(parts, _AT_ONCE)):
-            few.append(total)
-            total = cls(
-                sum((part.mapped for part in few), np.zeros(1)),
-                sum((part.totals for part in few), np.zeros(1)),
-                sum((part.squares for part in few), np.zeros(1)),
-                _sampled(_joined([part.sample for part in few])),
-            )
-        return total
+    def merge(cls, parts: Sequence["Gathered"]) -> "Gathered":
+        """The sum of at least one."""
+        return cls(
+            sum((part.mapped for part in parts), np.zeros(1)),
+            sum((part.totals for part in parts), np.zeros(1)),
+            sum((part.squares for part in parts), np.zeros(1)),
+            _sampled(_joined([part.sample for part in parts])),
+        )
 
-    def learn(self, each: Each = map) -> Learnt:
-        """What is known of the classes; some at a time, by whatever `each` does as `map` does."""
+    def learn(
+        self, known: Callable[[Iterable[np.ndarray]], Iterable[Known]] | None = None
+    ) -> Learnt:
+        """What is known of the classes.
+
+        Args:
+            known: what is known of some classes at a time, from the ids of each time; left out,
+                `known` is asked, one time after the other.
+        """
         some = self.mapped > 0
         shape = self.totals.shape[1:]
         usual = np.zeros(shape)
@@ -256,32 +247,31 @@ class Gathered:
             usual = np.median(self.totals[some] / self.mapped[some, None, None], axis=0)
         classes = np.unique(self.sample.class_ids)
         few = np.array_split(classes, max(1, -(-len(classes) // _CLASSES_AT_ONCE)))
-        samples = (self.sample.of(np.isin(self.sample.class_ids, chosen)) for chosen in few)
         learnt = Learnt(self.mapped, self.totals, self.squares, usual, {}, {})
-        for shortcuts, parts in each(_learnt, samples):
+        for shortcuts, parts in (known or partial(map, self.known))(few):
             learnt.shortcuts.update(shortcuts)
             learnt.parts.update(parts)
         return learnt
 
-
-def _learnt(answers: Answers) -> tuple[dict[int, Shortcut], dict[int, Parts]]:
-    """Of the samples of some classes."""
-    shortcuts: dict[int, Shortcut] = {}
-    if answers.contributions is not None:
-        for class_id, rows in answers.by_class(answers.probabilities >= CONFIDENT):
-            if len(rows) >= MIN_IMAGES:
-                shortcuts[class_id] = find_shortcut(
-                    answers.contributions.of(rows),
-                    answers.probabilities[rows],
-                    answers.shares.shape[1:],
-                    None if answers.coverage is None else answers.coverage[rows],
-                )
-    parts: dict[int, Parts] = {}
-    for class_id, rows in answers.by_class(answers.mapped):
-        divided = find_parts(answers.shares[rows]) if len(rows) >= MIN_IMAGES else None
-        if divided is not None:
-            parts[class_id] = divided
-    return shortcuts, parts
+    def known(self, class_ids: np.ndarray) -> Known:
+        """What the sample says of some classes."""
+        answers = self.sample.of(np.isin(self.sample.class_ids, class_ids))
+        shortcuts: dict[int, Shortcut] = {}
+        if answers.contributions is not None:
+            for class_id, rows in answers.by_class(answers.probabilities >= CONFIDENT):
+                if len(rows) >= MIN_IMAGES:
+                    shortcuts[class_id] = find_shortcut(
+                        answers.contributions.of(rows),
+                        answers.probabilities[rows],
+                        answers.shares.shape[1:],
+                        None if answers.coverage is None else answers.coverage[rows],
+                    )
+        parts: dict[int, Parts] = {}
+        for class_id, rows in answers.by_class(answers.mapped):
+            divided = find_parts(answers.shares[rows]) if len(rows) >= MIN_IMAGES else None
+            if divided is not None:
+                parts[class_id] = divided
+        return shortcuts, parts
 
 
 def _joined(parts: Sequence[Answers]) -> Answers:

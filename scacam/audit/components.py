@@ -8,9 +8,11 @@ et al. 2023, Spurious Features Everywhere).
 Arrays in, arrays out.
 """
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
+import scipy.linalg
 
 from scacam.audit.attention import border_cells, outside
 
@@ -18,6 +20,7 @@ __all__ = [
     "CONFIDENT",
     "MIN_IMAGES",
     "Component",
+    "Components",
     "Contributions",
     "Shortcut",
     "find_component",
@@ -86,9 +89,7 @@ class Component(NamedTuple):
             `[N]`, p - p', negative where an image has less of the component than others.
         """
         amount = (contributions.values * self._weights(contributions)).sum(1)
-        drop = (amount - self.level) * self.direction.sum()
-        p = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
-        return p - 1 / (1 + (1 - p) / p * np.exp(np.clip(drop, -50, 50)))
+        return _fall((amount - self.level) * self.direction.sum(), probabilities)
 
     def places(self, contributions: Contributions, cells: int) -> np.ndarray:
         """Where the component lies in each image: `[N, cells]`, each with sum 1, or all zero.
@@ -103,6 +104,58 @@ class Component(NamedTuple):
         return found / np.where(total > 0, total, 1)
 
 
+def _fall(drop: np.ndarray, probabilities: np.ndarray) -> np.ndarray:
+    """How far probabilities fall when so much is taken off the logit of their class."""
+    p = np.clip(probabilities.astype(np.float64), 1e-7, 1 - 1e-7)
+    return p - 1 / (1 + (1 - p) / p * np.exp(np.clip(drop, -50, 50)))
+
+
+class Components(NamedTuple):
+    """The components of several of K classes in one table, to ask all of them at once.
+
+    Attributes:
+        keys: int64 `[M]`, each a class and a channel of its component, rising.
+        directions: float `[M]`.
+        levels, sums: `[K]`, the levels, and the sums of the directions; NaN of other classes.
+    """
+
+    keys: np.ndarray
+    directions: np.ndarray
+    levels: np.ndarray
+    sums: np.ndarray
+
+    @classmethod
+    def of(cls, components: Mapping[int, Component], classes: int) -> "Components":
+        """Of the components by class."""
+        order = sorted(components)
+        keys = [_keys(each, components[each].channels) for each in order]
+        directions = [components[each].direction for each in order]
+        levels, sums = np.full((2, classes), np.nan)
+        for each in order:
+            levels[each] = components[each].level
+            sums[each] = components[each].direction.sum()
+        # One key that nobody asks for, so that the table is never empty.
+        keys.append(np.array([np.iinfo(np.int64).max]))
+        directions.append(np.zeros(1))
+        return cls(np.concatenate(keys), np.concatenate(directions), levels, sums)
+
+    def falls(
+        self, class_ids: np.ndarray, contributions: Contributions, probabilities: np.ndarray
+    ) -> np.ndarray:
+        """As `Component.falls` of the class of each image `[N]`; NaN where it has none."""
+        order = np.argsort(class_ids, kind="stable")  # so that what is looked up lies together
+        keys = _keys(class_ids[order, None], contributions.channels[order])
+        places = np.searchsorted(self.keys, keys)
+        weights = np.where(self.keys[places] == keys, self.directions[places], 0)
+        amount = np.empty(len(order))
+        amount[order] = (contributions.values[order] * weights).sum(1)
+        return _fall((amount - self.levels[class_ids]) * self.sums[class_ids], probabilities)
+
+
+def _keys(class_ids: np.ndarray | int, channels: np.ndarray) -> np.ndarray:
+    return np.left_shift(np.asarray(class_ids, dtype=np.int64), 32) + channels
+
+
 def find_component(contributions: Contributions) -> Component:
     """The first principal component of the contributions of a class's images, at least 2."""
     channels, places = np.unique(contributions.channels, return_inverse=True)
@@ -112,16 +165,21 @@ def find_component(contributions: Contributions) -> Component:
     centred = values - values.mean(0)
     # The smaller of the two matrices has the same largest eigenvalue.
     if len(values) < len(channels):
-        _, vectors = np.linalg.eigh(centred @ centred.T)
-        direction = vectors[:, -1] @ centred
+        direction = _last_eigenvector(centred @ centred.T) @ centred
     else:
-        _, vectors = np.linalg.eigh(centred.T @ centred)
-        direction = vectors[:, -1] @ centred.T @ centred
+        direction = _last_eigenvector(centred.T @ centred) @ centred.T @ centred
     length = float(np.sqrt((direction**2).sum()))
     direction = direction / length if length > 0 else direction
     if direction.sum() < 0:
         direction = -direction
     return Component(channels, direction, float(np.quantile(values @ direction, _LACKING)))
+
+
+def _last_eigenvector(matrix: np.ndarray) -> np.ndarray:
+    """That of the largest eigenvalue of a symmetric matrix; the others would take most of it."""
+    last = len(matrix) - 1
+    _, vectors = scipy.linalg.eigh(matrix, subset_by_index=(last, last))
+    return np.asarray(vectors[:, 0])
 
 
 class Shortcut(NamedTuple):

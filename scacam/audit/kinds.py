@@ -130,23 +130,19 @@ def fixed_place(answers: Answers, learnt: Learnt) -> Scored:
     From 0 over .5, not at all, to 1. Over a class their mean is `attention.fixed_place`, halved
     and raised by a half.
     """
+    count, spread = learnt.mapped[answers.class_ids], learnt.spreads[answers.class_ids]
+    rows = np.flatnonzero(answers.mapped & (count > 1) & (spread > 0))
+    count, spread = count[rows], spread[rows]
+    apart = answers.shares[rows] - learnt.usual
+    others = learnt.totals[answers.class_ids[rows]] - count[:, None, None] * learnt.usual - apart
     found = np.full(len(answers.class_ids), np.nan)
-    for class_id, rows in answers.by_class(answers.mapped):
-        count, spread = learnt.mapped[class_id], learnt.spread(class_id)
-        if count > 1 and spread > 0:
-            apart = answers.shares[rows] - learnt.usual
-            others = learnt.totals[class_id] - count * learnt.usual - apart
-            found[rows] = 0.5 + (apart * others).sum((1, 2)) / (count - 1) / spread / 2
+    found[rows] = 0.5 + (apart * others).sum((1, 2)) / (count - 1) / spread / 2
     return _above(found, 0.75)
 
 
 def map_cluster(answers: Answers, learnt: Learnt) -> Scored:
     """How much better two means describe the maps of a class than one (Lapuschkin et al. 2019)."""
-    found = np.full(len(answers.class_ids), np.nan)
-    for class_id, rows in answers.by_class(answers.mapped):
-        if class_id in learnt.parts:
-            found[rows] = learnt.parts[class_id].scores(answers.shares[rows])
-    return _above(found, 0)
+    return _above(np.where(answers.mapped, learnt.divided(answers), np.nan), 0)
 
 
 def disagreement(answers: Answers, learnt: Learnt) -> Scored:

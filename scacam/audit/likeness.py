@@ -1,4 +1,4 @@
-"""How alike heatmaps of the same images are: those of two networks, of two methods, of two runs.
+"""How alike heatmaps are: of the same images, of two networks, methods or runs; or of a class.
 
 Arrays in, arrays out.
 """
@@ -12,10 +12,12 @@ from scacam.evaluation.sweep import iou
 from scacam.localization import interpolation, upsample
 
 __all__ = [
-    "Likeness", "alike", "energy", "flattened", "likeness", "sampled", "standard_ranks",
+    "Likeness", "Parts", "alike", "energy", "find_parts", "flattened", "likeness", "sampled",
+    "standard_ranks",
 ]  # fmt: skip
 
 _GRID = 16
+_ROUNDS = 20
 
 
 class Likeness(NamedTuple):
@@ -103,3 +105,53 @@ def standard_ranks(values: np.ndarray) -> np.ndarray:
     centred = (left + right) / 2 - (values.shape[-1] - 1) / 2
     length = np.sqrt((centred**2).sum(-1, keepdims=True))
     return centred / np.where(length > 0, length, np.nan)
+
+
+class Parts(NamedTuple):
+    """The two sorts of maps of a class, or of each of several, which come first.
+
+    Attributes:
+        mean: `[…, h, w]` of all its maps.
+        centres: `[…, 2, h, w]`, the means of the smaller part and of the larger one.
+        spread: the mean squared distance of its maps from the mean.
+    """
+
+    mean: np.ndarray
+    centres: np.ndarray
+    spread: np.ndarray
+
+    def scores(self, shares: np.ndarray) -> np.ndarray:
+        """How much better the centre of the smaller part describes maps than the mean does.
+
+        Relative to the spread of the class; 0 for the maps of the larger part. Maps `[N, h, w]` are
+        of the one class, or each of one of N.
+        """
+        points = self.mean, self.centres[..., 0, :, :], self.centres[..., 1, :, :]
+        distances = [((shares - one) ** 2).sum((1, 2)) for one in points]
+        smaller = distances[1] < distances[2]
+        return np.where(smaller, distances[0] - distances[1], 0) / self.spread
+
+
+def find_parts(shares: np.ndarray) -> Parts | None:
+    """Divide the maps of a class `[N, h, w]` in two by 2-means; None if they are all alike.
+
+    Begins with the two sides of the first principal component, so nothing is left to chance.
+    """
+    flat = shares.reshape(len(shares), -1).astype(np.float64)
+    mean = flat.mean(0)
+    spread = ((flat - mean) ** 2).sum(1).mean()
+    if spread <= 1e-12:
+        return None
+    _, vectors = np.linalg.eigh((flat - mean).T @ (flat - mean))
+    first = (flat - mean) @ vectors[:, -1] > 0
+    centres = np.stack([flat[first].mean(0), flat[~first].mean(0)])
+    for _ in range(_ROUNDS):
+        nearer = ((flat - centres[0]) ** 2).sum(1) < ((flat - centres[1]) ** 2).sum(1)
+        if (nearer == first).all() or nearer.all() or not nearer.any():
+            break
+        first = nearer
+        centres = np.stack([flat[first].mean(0), flat[~first].mean(0)])
+    if 2 * first.sum() > len(flat):
+        centres = centres[::-1]
+    shape = shares.shape[1:]
+    return Parts(mean.reshape(shape), centres.reshape(2, *shape), spread)

@@ -1,5 +1,6 @@
 """The maps of the top classes of a run, and the few rows that matter most."""
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -98,9 +99,10 @@ def top_maps(run: Run, network: str, image_ids: np.ndarray) -> dict[str, TopMaps
     return found
 
 
-def true_boxes(run: Run) -> TrueBoxes | None:
-    """Where the objects of a run's images are, if it was evaluated against boxes."""
+def true_boxes(run: Run, image_ids: Sequence[int] | None = None) -> TrueBoxes | None:
+    """Where the objects of a run's images, or of some, are, if it was evaluated against boxes."""
     dataset = run.metrics("localization_boxes")
     if dataset is None:
         return None
-    return TrueBoxes.from_table(dataset.to_table().sort_by("image_id"))
+    some = None if image_ids is None else pc.field("image_id").isin(list(image_ids))
+    return TrueBoxes.from_table(dataset.to_table(filter=some).sort_by("image_id"))

@@ -3,11 +3,10 @@
 What a task finds in some images is small and adds to what others find.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 from uuid import uuid4
 
 import numpy as np
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from scacam.audit.attention import coverage
-from scacam.audit.classes import ANSWERED, Answers, Gathered, Learnt
+from scacam.audit.classes import ANSWERED, Answers, Gathered, Known, Learnt
 from scacam.audit.components import CONFIDENT, Contributions
 from scacam.audit.kinds import KINDS, Tally, scored
 from scacam.audit.likeness import energy
@@ -25,27 +24,34 @@ from scacam.runs.record import same_classes
 from scacam.runs.results import Run, open_run
 
 __all__ = [
-    "AT_ONCE",
     "LISTED",
     "SUSPECTED",
     "Best",
     "Judge",
     "Judged",
+    "Learn",
     "Look",
     "Opening",
     "Seen",
     "Top",
-    "merged",
+    "by_network",
     "top_answers",
     "top_k",
 ]
 
 LISTED = 24
 """So many images are listed of each finding."""
-AT_ONCE = 16
-"""So many parts are added up at a time."""
 SUSPECTED = 10_000
 """So many suspects are listed of each network, at most."""
+
+
+Part = TypeVar("Part")
+
+
+def by_network(add: Callable[[list[Part]], Part], *parts: dict[str, Part]) -> dict[str, Part]:
+    """What was found in several parts of the images, added up network by network."""
+    names = dict.fromkeys(name for part in parts for name in part)
+    return {name: add([part[name] for part in parts if name in part]) for name in names}
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ class Seen(NamedTuple):
         for part in parts:
             names |= part.names
         answered = np.sum([part.answered for part in parts], axis=0)
-        return cls(Gathered.merge(part.gathered for part in parts), answered, names)
+        return cls(Gathered.merge([part.gathered for part in parts]), answered, names)
 
 
 @dataclass(frozen=True)
@@ -116,6 +122,18 @@ class Look:
             names = dict(zip(answers.class_ids.tolist(), called.to_pylist(), strict=True))
             found[name] = Seen(Gathered.update(answers, classes), np.stack(answered), names)
         return found
+
+
+@dataclass(frozen=True)
+class Learn:
+    """What is known of some classes of a network, after the first pass."""
+
+    seen: Callable[[], dict[str, Seen]]
+    network: str
+
+    def __call__(self, class_ids: np.ndarray) -> Known:
+        """Learn of some classes."""
+        return self.seen()[self.network].gathered.known(class_ids)
 
 
 class Best(NamedTuple):
@@ -160,6 +178,15 @@ class Judged(NamedTuple):
     images: Best
     suspects: Best
 
+    @classmethod
+    def merge(cls, parts: "Sequence[Judged]") -> "Judged":
+        """The sum of at least one."""
+        return cls(
+            Tally.merge(part.tally for part in parts),
+            Best.joined([part.images for part in parts], LISTED),
+            Best.joined([part.suspects for part in parts], SUSPECTED),
+        )
+
 
 @dataclass(frozen=True)
 class Judge:
@@ -202,22 +229,6 @@ def judged(answers: Answers, learnt: Learnt) -> Judged:
     )
     tally = Tally.update(answers.class_ids, kinds, classes)
     return Judged(tally, images.first(LISTED), suspects.first(SUSPECTED))
-
-
-def merged(parts: Iterable[dict[str, Judged]]) -> dict[str, Judged]:
-    """What was found in all images, by network, some parts at a time."""
-    totals: dict[str, Judged] = {}
-    parts = iter(parts)
-    while few := list(islice(parts, AT_ONCE)):
-        for name in {name: None for part in few for name in part}:
-            found = [part[name] for part in few if name in part]
-            found += [totals[name]] if name in totals else []
-            totals[name] = Judged(
-                Tally.merge(one.tally for one in found),
-                Best.joined([one.images for one in found], LISTED),
-                Best.joined([one.suspects for one in found], SUSPECTED),
-            )
-    return totals
 
 
 class Top(NamedTuple):

@@ -108,12 +108,11 @@ class _View:
     def about(self, request: Request) -> Response:
         """What there is to choose from."""
         catalog = self.catalog
-        labels = self.run.manifest["label"]
         return JSONResponse(
             {
                 "path": self.run.path,
-                "images": len(labels),
-                "labelled": labels.null_count < len(labels),
+                "images": self.run.images.count,
+                "labelled": self.run.images.labelled,
                 "evaluated": self.run.metrics("localization_images") is not None,
                 "maps": [
                     {"network": network, **claimant._asdict()}

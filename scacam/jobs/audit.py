@@ -10,13 +10,11 @@ import argparse
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import partial
-from itertools import islice
+from functools import lru_cache, partial
 from typing import Any, ClassVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import ray
 from pyarrow import fs
 
@@ -31,10 +29,10 @@ from scacam.audit.kinds import (
     Tally,
 )
 from scacam.audit.maps import true_boxes
-from scacam.audit.passes import AT_ONCE, Best, Judge, Judged, Look, Opening, Seen, merged
+from scacam.audit.passes import Best, Judge, Judged, Learn, Look, Opening, Seen, by_network
 from scacam.errors import RunError
 from scacam.pipeline.cluster import start_ray
-from scacam.pipeline.tasks import in_tasks
+from scacam.pipeline.tasks import added_in_tasks, in_tasks
 from scacam.runs.lock import locked
 from scacam.runs.results import Run, open_run
 from scacam.storage import join, locate
@@ -105,37 +103,47 @@ def run(*, run: str) -> Result:
         raise RunError(f"the run in {run} is not complete; complete it first")
     if not opened.config.get("explained"):
         raise RunError(f"no image of {run} was explained; its errors say why")
-    ids = opened.image_ids
-    chunks = [ids[start : start + _AT_ONCE] for start in range(0, len(ids), _AT_ONCE)]
+    images = opened.images.count
     opening = Opening(opened.path)
     with locked(run):
         start_ray()
-        objects = shared(true_boxes(opened))
+        objects = elsewhere(lambda: true_boxes(opening.run()))
         logger.info("learning what is usual of each class")
-        seen = look(Look(opening, objects), chunks)
-        learnt = {name: one.gathered.learn(in_tasks) for name, one in seen.items()}
+        add = partial(by_network, Seen.merge)
+        get_seen = added_in_tasks(Look(opening, objects), add, chunks(images))
+        seen = get_seen()
+        learnt = {
+            name: one.gathered.learn(partial(in_tasks, Learn(get_seen, name)))
+            for name, one in seen.items()
+        }
         logger.info("looking for who is out of it")
-        found = merged(in_tasks(Judge(opening, objects, shared(learnt)), chunks))
+        judge = Judge(opening, objects, shared(learnt))
+        found = added_in_tasks(judge, partial(by_network, Judged.merge), chunks(images))()
         logger.info("comparing methods and networks")
-        agreement = Agreement.merge(in_tasks(Compare(opening), sample(ids)))
+        agreement = Agreement.merge(in_tasks(Compare(opening), sample(images)))
         return write(opened, seen, learnt, found, agreement)
 
 
-def shared(value: object) -> Callable[[], Any]:
-    """Put something where all tasks find it; a call there gets it."""
+def elsewhere(function: Callable[[], object]) -> Callable[[], Any]:
+    """Call a function in a task, and leave what it returns where all tasks find it."""
     get: Callable[..., Any] = ray.get
-    return partial(get, ray.put(value))
+    return partial(get, ray.remote(function).remote())
 
 
-def look(work: Look, chunks: Sequence[np.ndarray]) -> dict[str, Seen]:
-    """What is seen of each network; there is one sum, and those of the few that came last."""
-    totals: dict[str, Seen] = {}
-    found = in_tasks(work, chunks)
-    while few := list(islice(found, AT_ONCE)):
-        for name in {name: None for part in few for name in part}:
-            parts = [part[name] for part in few if name in part]
-            totals[name] = Seen.merge([*parts, *([totals[name]] if name in totals else [])])
-    return totals
+def shared(value: object) -> Callable[[], Any]:
+    """Put something where all tasks find it; a call there gets it, once in each process."""
+    return partial(_got, ray.put(value))
+
+
+@lru_cache(maxsize=1)
+def _got(where: ray.ObjectRef) -> Any:
+    return ray.get(where)
+
+
+def chunks(images: int) -> Iterator[np.ndarray]:
+    """The ids of so many images, those of one task at a time."""
+    for start in range(0, images, _AT_ONCE):
+        yield np.arange(start, min(start + _AT_ONCE, images))
 
 
 def write(
@@ -258,15 +266,10 @@ class _Uris:
     """The uris of the images that are listed."""
 
     def __init__(self, run: Run, listed: Sequence[Best]) -> None:
-        wanted = np.unique(np.concatenate([part.image_ids for part in listed]))
-        manifest = run.manifest
-        kept = manifest.select(["image_id", "uri"]).filter(
-            pc.is_in(manifest["image_id"], pa.array(wanted))
-        )
-        kept = kept.sort_by("image_id")
-        self.ids, self.uris = kept["image_id"].to_numpy(), kept["uri"]
+        self.ids = np.unique(np.concatenate([part.image_ids for part in listed]))
+        self.uris = run.images.rows(self.ids, ["uri"])["uri"].combine_chunks()
 
-    def of(self, image_ids: np.ndarray) -> pa.ChunkedArray:
+    def of(self, image_ids: np.ndarray) -> pa.Array:
         """Of these, in their order."""
         return self.uris.take(pa.array(np.searchsorted(self.ids, image_ids)))
 

@@ -14,7 +14,7 @@ import json
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,8 +44,14 @@ from scacam.pipeline.cluster import (
 )
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.stages.decode import Decode
-from scacam.pipeline.stages.holder import settle
-from scacam.pipeline.stages.rows import bytes_per_image, sampling_of, tensors
+from scacam.pipeline.stages.holder import Holder
+from scacam.pipeline.stages.rows import (
+    Failure,
+    bytes_per_image,
+    sampling_of,
+    set_failures,
+    tensors,
+)
 from scacam.pipeline.tasks import in_tasks
 from scacam.runs.describe import describe_network, describe_run
 from scacam.runs.lock import locked
@@ -188,13 +194,14 @@ class Seen:
         return seen
 
     def add(self, block: pa.Table) -> None:
-        """Add the images of a block."""
+        """Add the images of a block; one that failed anywhere adds to no network."""
         self.done[block["image_id"].to_numpy()] = True
         self.errors.update(block["error"].drop_null().to_pylist())
+        good = block["error"].is_null().to_numpy()
         for of_network in self.weights:
             ids = block[f"class {of_network.network}"].to_numpy()
             averaged = tensors(block[f"averaged {of_network.network}"])
-            of_network.add(ids[ids >= 0], averaged[ids >= 0])
+            of_network.add(ids[good], averaged[good])
 
     def save(self) -> None:
         """Keep a copy."""
@@ -216,6 +223,7 @@ def weigh(
     costs = [seconds_per_image(network) for network in networks]
     allotments = allot(costs, await_nodes(None), len(manifest))
     samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
+    uses = [samplings.index(sampling_of(network.preprocessing)) for network in networks]
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()
     rows = rows_per_shard(len(manifest), bytes_per_image(samplings), costs, allotments)
@@ -231,7 +239,9 @@ def weigh(
             Observe,
             fn_constructor_kwargs={
                 "load": share(network),
-                "sampling": samplings.index(sampling_of(network.preprocessing)),
+                "sampling": uses[index],
+                "bfloat16": False,
+                "last_use": uses[index] not in uses[index + 1 :],
                 "batch_size": batch_size,
                 "is_last": index == len(networks) - 1,
                 "tally": tally,
@@ -266,66 +276,44 @@ def _weights_of(network: "Network") -> Weights:
     )
 
 
-class Observe:
+class Observe(Holder):
     """One network, held by one actor: pixels to the predicted class and its averaged gradients.
 
     Adds `class NAME`, -1 where there is none, and `averaged NAME`, tensors `[C]`.
     """
 
-    def __init__(
-        self,
-        load: "Callable[[], Network]",
-        *,
-        sampling: int,
-        batch_size: int | None,
-        is_last: bool,
-        tally: Any,
-    ) -> None:
-        """Take the network, to the GPU if the actor has one.
-
-        Args:
-            load: gets the network.
-            sampling: which `pixels` column the network looks at.
-            batch_size: images per forward pass; None for what suits the device.
-            is_last: whether no network comes after this one.
-            tally: the `progress.Tally` actor.
-        """
-        self.network = load()
-        self.device, self.batch_size = settle(self.network, batch_size)
-        self.sampling = sampling
-        self.is_last = is_last
-        self.tally = tally
+    stage = "observe"
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Observe one block, some images at a time."""
         if not len(batch):
             return batch
-        with taken_up(self.tally, f"observe {self.network.name}", batch):
-            rows = np.flatnonzero(batch["error"].is_null().to_numpy())
+        with taken_up(self.tally, f"observe {self.network.name}", batch) as deaths:
+            failures: dict[int, Failure] = {}
             samples = tensors(batch[f"pixels {self.sampling}"])
             ids = np.full(len(batch), -1, dtype=np.int64)
             averaged = np.zeros((len(batch), self.network.feature_shape[0]), dtype=np.float32)
-            for start in range(0, len(rows), self.batch_size):
-                chosen = rows[start : start + self.batch_size]
-                ids[chosen], averaged[chosen] = self._observed(samples[chosen])
-            ids[~np.isfinite(averaged).all(1)] = -1
-            if self.is_last:
-                self.tally.advance.remote(len(batch))
+            shown = self.shown(
+                lambda chosen: self._observed(samples[chosen]),
+                lambda: self._observed(np.zeros_like(samples[:1])),
+                *(batch, deaths, failures),
+            )
+            for chosen, seen in shown:
+                ids[chosen], averaged[chosen] = seen
+            for row in np.flatnonzero(~np.isfinite(averaged).all(1)).tolist():
+                message = f"{self.network.name} gives gradients that are not finite"
+                failures[row] = Failure(self.stage, "not_finite", message)
+        if failures:
+            batch = set_failures(batch, failures)
         batch = batch.append_column(f"class {self.network.name}", pa.array(ids))
         column = pa.FixedShapeTensorArray.from_numpy_ndarray(averaged)
         batch = batch.append_column(f"averaged {self.network.name}", column)
-        if self.is_last:
-            pixels = [name for name in batch.column_names if name.startswith(("pixels ", "view "))]
-            batch = batch.drop_columns(pixels)
-        return batch
+        return self.without_pixels(batch)
 
     def _observed(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        import torch
-
         from scacam.explainer import observe
         from scacam.methods.gradients import averaged
 
-        images = self.network.normalize(torch.from_numpy(samples).to(self.device))
-        seen = observe(self.network, images, top_k=1)
+        seen = observe(self.network, self.images(samples), top_k=1)
         alpha = averaged(seen.gradients)[:, 0]
         return seen.class_ids[:, 0].cpu().numpy(), alpha.float().cpu().numpy()

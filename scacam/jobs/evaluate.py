@@ -127,7 +127,7 @@ def run(*, run: str, boxes: str | None = None, masks: str | None = None) -> Resu
     with locked(run):
         start_ray()
         forget(run)
-        work = Work(opened, images, len(groups), ray.put((truth, groups)))
+        work = Work(opened, images, int(groups.max()) + 1, ray.put((truth, groups)))
         for network in opened.networks:
             logger.info("evaluating %s", network)
             if isinstance(truth, TrueBoxes):

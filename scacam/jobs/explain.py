@@ -89,6 +89,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--bfloat16", action="store_true", help="run the networks in half precision, bfloat16"
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the networks first (torch.compile), in every process: it takes a minute or "
+        "more, so for long runs",
+    )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
     parser.add_argument(
         "--max-error-rate",
@@ -187,6 +193,7 @@ def run(
     embeddings: bool = False,
     view: ViewName = "center_crop",
     bfloat16: bool = False,
+    compile: bool = False,
     batch_size: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -292,7 +299,7 @@ def check_networks(
         attending = [name for name in absent if METHODS[name].needs_attention != "none"]
         weighing = [name for name in absent if name not in (*finer, *attending)]
         for names, what in (
-            (weighing, "class weights"),
+            (weighing, "linear head"),
             (finer, "finer layer"),
             (attending, "class token whose attention could be had"),
         ):
@@ -323,6 +330,7 @@ def describe(
         "embeddings": options.embeddings,
         "view": options.view,
         "bfloat16": options.bfloat16,
+        "compile": options.compile,
     }
 
 

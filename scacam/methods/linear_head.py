@@ -2,7 +2,8 @@
 
 Where a head is pooling and one linear layer, what it would say without a channel, or of one cell
 alone, is known from its weights. These functions take features `[B, C, h, w]` and a `LinearHead`,
-and give raw maps `[B, K, h, w]` like those in `maps`.
+and give raw maps `[B, K, h, w]` like those in `maps`. Of a head that does more, `recipro_cam` takes
+a `GeneralHead`, which runs for every cell.
 
 References:
     Byun and Lee 2024, ReciproCAM.
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from scacam.methods.gradients import Gradients, averaged, weigh
 
-__all__ = ["LinearHead", "ablation_cam", "finer_cam", "recipro_cam"]
+__all__ = ["GeneralHead", "LinearHead", "ablation_cam", "finer_cam", "recipro_cam"]
 
 _REFERENCES, _STRENGTH = 3, 0.6
 """Of Finer-CAM: how many classes are told apart from, and how much of their maps is taken off."""
@@ -51,7 +52,21 @@ class LinearHead(NamedTuple):
     scores: Tensor | None
 
 
-def recipro_cam(features: Tensor, head: LinearHead) -> Tensor:
+class GeneralHead(NamedTuple):
+    """A head of any other kind, which can be run for each cell of a batch.
+
+    Attributes:
+        of_cells: gives the logits of each cell alone, `[B, h · w, classes]`.
+        class_ids: of the explained classes, `[B, K]`.
+        is_softmax: as of a `LinearHead`.
+    """
+
+    of_cells: Callable[[], Tensor]
+    class_ids: Tensor
+    is_softmax: bool
+
+
+def recipro_cam(features: Tensor, head: LinearHead | GeneralHead) -> Tensor:
     """The probability of the class if the head saw one cell alone (Byun and Lee 2024).
 
     All cells and classes are one product: `softmax(W A(i, j) / Z + b)` behind pooling. The map is
@@ -59,7 +74,9 @@ def recipro_cam(features: Tensor, head: LinearHead) -> Tensor:
     the softmax.
     """
     cells = features.shape[2] * features.shape[3]
-    if head.scores is not None:
+    if isinstance(head, GeneralHead):
+        logits = head.of_cells()
+    elif head.scores is not None:
         # The other cells hold zeros, of which the score is the bias.
         rest = head.biases.relu() * ((cells - 1) / cells)
         logits = head.scores.flatten(2).mT.relu().div_(cells).add_(rest)
@@ -91,9 +108,9 @@ def ablation_cam(features: Tensor, head: LinearHead) -> Tensor:
     channels = features.flatten(2)
     # relu(s) - relu(s - x) = min(x - min(s, 0), max(s, 0))
     below, above = (-scores).relu(), scores.relu()
-    drops = []
+    drops, parts = [], torch.empty_like(channels)
     for low, high, weight in zip(below.unbind(1), above.unbind(1), weights.unbind(1), strict=True):
-        parts = (weight[..., None] * channels).add_(low[:, None])
+        torch.addcmul(low[:, None], weight[..., None], channels, out=parts)
         drops.append(torch.minimum(parts, high[:, None], out=parts).mean(2))
     return weigh(torch.stack(drops, 1), features)
 
@@ -109,5 +126,7 @@ def finer_cam(features: Tensor, head: LinearHead) -> Tensor:
     distances.scatter_(2, head.class_ids[..., None], torch.inf)
     count = min(_REFERENCES, head.logits.shape[1] - 1)
     references = distances.topk(count, dim=2, largest=False).indices
-    theirs = averaged(head.gradients(references.flatten(1))).unflatten(1, (-1, count)).mean(2)
-    return weigh(averaged(head.gradients(head.class_ids)) - _STRENGTH * theirs, features)
+    classes = torch.cat([head.class_ids, references.flatten(1)], 1)
+    averages = averaged(head.gradients(classes))
+    own, theirs = averages.split([explained.shape[1], references[0].numel()], 1)
+    return weigh(own - _STRENGTH * theirs.unflatten(1, (-1, count)).mean(2), features)

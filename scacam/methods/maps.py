@@ -6,7 +6,9 @@ All functions share one signature, `(features, gradients, class_weights) -> maps
 * gradients `G`: `[B, K, C, h, w]`, of the K explained classes' logits with respect to `A`; or
   `[B, K, C, 1, 1]` where they are the same at every position, as under global average pooling; or
   `scacam.gradients.MaskedGradients`.
-* class weights `w`: `[B, K, C]`, of the linear classifier on pooled features, or None.
+* class weights `w`: `[B, K, C]`, of the linear classifier on pooled features, or None. Where
+  a head divides what it pools by a number of each image's own (a LayerNorm, the length of an
+  embedding), they are those of the linear map that it is with that number.
 * maps: `[B, K, h, w]`, raw and signed. ReLU, upsampling and normalisation come later, by name.
 
 But for `extent_cam`, which takes the maps of another method and the features of a finer layer, and
@@ -137,7 +139,7 @@ def grad_cam_elementwise(
     """`Σ_k relu(G_k ⊙ A_k)` (Gildenblat 2021)."""
     # relu(G A) = relu(G) relu(A) + relu(-G) relu(-A)
     speaking_for = elementwise(torch.relu, gradients)
-    if not (features < 0).any():
+    if not (features.amin((1, 2, 3)) < 0).any():
         return weigh_product(speaking_for, features)
     against = elementwise(lambda values: (-values).relu(), gradients)
     return weigh_product(speaking_for, features.relu()) + weigh_product(against, (-features).relu())
@@ -266,13 +268,14 @@ class Method(NamedTuple):
     Attributes:
         function: from features, gradients and class weights to raw maps; if it needs the finer
             layer, from class maps and the finer layer's features; if it needs the head, from
-            features and a `LinearHead`; if it needs attention, from an `Attention`.
+            features and a `LinearHead`, or a `GeneralHead` where it needs no class weights; if it
+            needs attention, from an `Attention`.
         relu: whether a ReLU on the map belongs to the method. Raw maps are before it.
         needs_class_weights: whether a network without class weights has no such map.
         paper: where the method comes from.
         needs_finer_layer: whether it has maps of a network that has a finer layer, and of its
             resolution.
-        needs_head: whether it asks a head with class weights for more than those of its classes.
+        needs_head: whether it asks the head for more than the weights of the explained classes.
         needs_attention: of which blocks of a transformer it takes the attention.
         by_name: whether it costs so much that it has to be asked for.
     """
@@ -287,7 +290,7 @@ class Method(NamedTuple):
     by_name: bool = False
 
 
-_of_head = partial(Method, needs_class_weights=True, needs_head=True)
+_of_head = partial(Method, needs_head=True)
 
 METHODS: dict[str, Method] = {
     method.function.__name__: method
@@ -305,9 +308,11 @@ METHODS: dict[str, Method] = {
         Method(eigen_cam, relu=False, needs_class_weights=False, paper="Muhammad and Yeasin 2020"),
         Method(eigen_grad_cam, relu=True, needs_class_weights=False, paper="Gildenblat 2021"),
         Method(nwc_cam, relu=False, needs_class_weights=True, paper="Bae et al. 2020"),
-        _of_head(recipro_cam, relu=False, paper="Byun and Lee 2024"),
-        _of_head(ablation_cam, relu=True, paper="Desai and Ramaswamy 2020"),
-        _of_head(finer_cam, relu=True, paper="Zhang et al. 2025"),
+        _of_head(recipro_cam, relu=False, needs_class_weights=False, paper="Byun and Lee 2024"),
+        _of_head(
+            ablation_cam, relu=True, needs_class_weights=True, paper="Desai and Ramaswamy 2020"
+        ),
+        _of_head(finer_cam, relu=True, needs_class_weights=True, paper="Zhang et al. 2025"),
         Method(
             legrad,
             relu=False,

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 
 import torch
@@ -167,8 +167,8 @@ class Network:
         """
         dtype = _example(self.module).dtype
         images = pixels.permute(0, 3, 1, 2).to(torch.promote_types(dtype, torch.float32)) / 255
-        mean = torch.tensor(self.preprocessing.mean).to(images)[:, None, None]
-        std = torch.tensor(self.preprocessing.std).to(images)[:, None, None]
+        mean = _by_channel(tuple(self.preprocessing.mean), images.dtype, images.device)
+        std = _by_channel(tuple(self.preprocessing.std), images.dtype, images.device)
         return ((images - mean) / std).to(dtype)
 
     def digest(self) -> str:
@@ -183,6 +183,12 @@ class Network:
         generator = torch.Generator().manual_seed(_SEED)
         shape = (count, self.preprocessing.channels, *self.preprocessing.crop_size)
         return torch.randn(shape, generator=generator).to(_example(self.module))
+
+
+@lru_cache(maxsize=64)
+def _by_channel(values: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """`[channels, 1, 1]`, kept: a copy for each batch would make the host wait for the GPU."""
+    return torch.tensor(values).to(device, dtype)[:, None, None]
 
 
 def _example(module: nn.Module) -> Tensor:

@@ -4,6 +4,7 @@ The checkpoint lies in `OUTPUT/.checkpoint/`, so that a role that may write noth
 suffices. Every worker loads this module with its context, so it must stay light.
 """
 
+import math
 from collections.abc import Iterator
 from functools import partial
 from typing import Any
@@ -30,14 +31,22 @@ _PENDING = ".pending.parquet"
 _ROWS_AT_ONCE = 1 << 16
 
 
-def images_of(output: str, num_cpus: float) -> ray.data.Dataset:
-    """The rows of a run's manifest that its checkpoint does not have.
+def images_of(output: str, num_cpus: float, images: int, rows: int) -> ray.data.Dataset:
+    """The rows of a run's manifest that its checkpoint does not have, so many per block.
 
     Args:
         output: the run.
         num_cpus: what each task reserves that reads them.
+        images: how many the manifest has.
+        rows: per block.
     """
-    return ray.data.read_datasource(ManifestSource(output), num_cpus=num_cpus)
+    # Ray would read into two blocks per CPU at least, and an empty one, too, is a task per stage.
+    most = ray.data.DataContext.get_current().read_op_min_num_blocks
+    blocks = min(math.ceil(images / rows), most)
+    stream = ray.data.read_datasource(
+        ManifestSource(output), num_cpus=num_cpus, override_num_blocks=blocks
+    )
+    return stream.repartition(target_num_rows_per_block=rows)
 
 
 class ManifestSource(Datasource):

@@ -104,7 +104,7 @@ def start_ray() -> None:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are for operators
         cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
-    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
 
 
 def ray_starting() -> Callable[[], None]:

@@ -91,8 +91,7 @@ def try_all(
     decode, pools = made(tally)
     rows = rows_per_shard(images, bytes_per_image(decode.samplings), costs, allotments)
     prepare(checkpoint(join(metrics, PASS), _Checkpoint))
-    stream = images_of(join(metrics, PASS), TASK_CPUS)
-    stream = stream.repartition(target_num_rows_per_block=rows)
+    stream = images_of(join(metrics, PASS), TASK_CPUS, images, rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
         stream = stream.map_batches(

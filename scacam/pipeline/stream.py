@@ -51,6 +51,7 @@ def stages(
             "embeddings": options.embeddings,
             "sampling": sampling,
             "bfloat16": options.bfloat16,
+            "compile": options.compile,
             "last_use": sampling not in uses[index + 1 :],
             "batch_size": options.batch_size,
             "is_last": tally is not None and index == len(networks) - 1,
@@ -82,7 +83,6 @@ def prepare(checkpoint: CheckpointConfig) -> None:
     """Set Ray Data's context for a stream that can be continued: no wait without end, no bars."""
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.wait_for_min_actors_s = _STALLED_S
     context.execution_no_progress_timeout_s = _STALLED_S
     if OUT_OF_REACH not in context.retried_io_errors:
         context.retried_io_errors.append(OUT_OF_REACH)
@@ -109,8 +109,7 @@ def explain(
     blocks = math.ceil(record["images"] / rows)
 
     prepare(checkpoint(output))
-    stream = images_of(output, TASK_CPUS)
-    stream = stream.repartition(target_num_rows_per_block=rows)
+    stream = images_of(output, TASK_CPUS, record["images"], rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
         stream = stream.map_batches(

@@ -8,8 +8,10 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from PIL import Image
 
+from scacam.audit.maps import true_boxes
 from scacam.drawing import TRUTH, colours, draw_box, fit, grey
 from scacam.evaluation.truth import TrueBoxes
+from scacam.inputs.containers import Place
 from scacam.report.html import Picture, encoded
 from scacam.runs.results import Row, Run
 
@@ -22,15 +24,18 @@ class Gallery:
     """Collects which images are wanted, reads their explanations in one go, and draws them.
 
     Attributes:
+        objects: where the objects of these images are, if that is known and to be drawn.
         missing: uris of photos that could not be read.
     """
 
-    def __init__(self, run: Run, objects: TrueBoxes | None = None) -> None:
-        """Draw from a run; where the objects are known, draw their boxes as well."""
-        self.run, self.objects = run, objects
+    def __init__(self, run: Run, *, with_objects: bool = False) -> None:
+        """Draw from a run, and with its objects, if it was evaluated against boxes, these."""
+        self.run, self.with_objects = run, with_objects
+        self.objects: TrueBoxes | None = None
         self.missing: set[str] = set()
         self._wanted: dict[str, set[int]] = {name: set() for name in run.networks}
         self._rows: dict[tuple[str, int], list[Row]] = {}
+        self._places: dict[int, Place] = {}
         self._photos: dict[int, Image.Image] = {}
         self._names: dict[tuple[str, int], str] = {}
 
@@ -40,6 +45,10 @@ class Gallery:
 
     def load(self) -> None:
         """Read what was asked for."""
+        every = sorted(set().union(*self._wanted.values()))
+        self._places = self.run.images.places(every)
+        if self.with_objects:
+            self.objects = true_boxes(self.run, every)
         for network, wanted in self._wanted.items():
             found = self.run.explanations(network, image_ids=sorted(wanted))
             names = {(each.layer, each.method): each.name for each in self.run.claimants(network)}
@@ -101,7 +110,7 @@ class Gallery:
     def _photo(self, row: Row) -> Image.Image:
         image_id = row["image_id"]
         if image_id not in self._photos:
-            photo = self.run.photo(row)
+            photo = self.run.photo(row, self._places.get(image_id))
             if photo is None:
                 self.missing.add(row["uri"])
                 photo = grey(row["width"], row["height"])

@@ -12,7 +12,7 @@ import numpy as np
 
 from scacam.audit.attention import BORDER_AREA, CORNER_AREA
 from scacam.audit.components import MIN_IMAGES
-from scacam.audit.maps import judge, true_boxes
+from scacam.audit.maps import judge
 from scacam.errors import RunError
 from scacam.report.audit import Audited, ClassCard, audited, located
 from scacam.report.faithfulness import faithfulness, least_faithful
@@ -39,22 +39,21 @@ def report(run: Run) -> str:
     Raises:
         RunError: the run cannot be read, or nothing in it was explained.
     """
-    explained = run.image_ids[~np.isin(run.image_ids, run.errors["image_id"].to_numpy())]
-    if not len(explained):
+    if len(run.errors) >= run.images.count:
         raise RunError(f"{run.path}: no image was explained; its errors say why")
-    return render("report.html", _Content(run, explained).all())
+    return render("report.html", _Content(run).all())
 
 
 class _Content:
     """What the template of the report is filled with."""
 
-    def __init__(self, run: Run, image_ids: np.ndarray) -> None:
-        """Of a run of which so many images have no error."""
-        self.run, self.image_ids = run, image_ids
+    def __init__(self, run: Run) -> None:
+        """Of a run in which some image has no error."""
+        self.run = run
         self.networks = list(run.networks)
         self.judges = {name: judge(run, name) for name in self.networks}
         self.audited, self.pairs = audited(run)
-        self.gallery = Gallery(run, true_boxes(run))
+        self.gallery = Gallery(run, with_objects=True)
         self.spread = self._spread()
         judges = self.judges.items()
         self.ends = {name: best_and_worst(run, name, each, _ENDS) for name, each in judges}
@@ -96,9 +95,11 @@ class _Content:
         """Images evenly spaced through those explained, few enough for all methods' pictures."""
         pictures = sum(len(self.run.claimants(name)) for name in self.networks)
         count = max(1, min(_SPREAD, _MATRIX // pictures))
-        last = len(self.image_ids) - 1
+        failed = np.sort(self.run.errors["image_id"].to_numpy())
+        last = self.run.images.count - len(failed) - 1
         places = np.linspace(0, last, min(count, last + 1)).round().astype(int)
-        return self.image_ids[places].tolist()
+        # The i-th that failed has so many before it that did not.
+        return (places + np.searchsorted(failed - np.arange(len(failed)), places, "right")).tolist()
 
     def _notices(self) -> list[str]:
         """What a reader must know before believing anything."""
@@ -110,7 +111,7 @@ class _Content:
                 "This run has not been audited: scacam audit says what to worry about in it, and "
                 "this page then shows it."
             )
-        images = len(self.run.image_ids)
+        images = self.run.images.count
         for name, found in self.audited.items():
             missing = images - len(self.run.errors) - found.images
             if missing:

@@ -22,11 +22,13 @@ _FINGERPRINT = (
     "embeddings",
     "view",
     "bfloat16",
+    "compile",
     "box_threshold",
     "metrics",
     "steps",
 )
 
+_OLD_RUN = {"compile": False}
 _OLD_NETWORK = {"output_kind": "softmax"}
 """How runs from before this was written treated every network."""
 
@@ -64,7 +66,8 @@ def differences(existing: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """How two runs differ in what determines their results, in words; empty if they do not."""
     versions = {"scacam version": [r["versions"]["scacam"] for r in (existing, wanted)]}
     networks = [{**_OLD_NETWORK, **network} for network in existing.get("networks", ())]
-    existing = {**existing, "networks": networks}
+    existing = {**_OLD_RUN, **existing, "networks": networks}
+    wanted = {**_OLD_RUN, **wanted}
     before = dict(_flat({key: existing.get(key) for key in _FINGERPRINT}))
     after = dict(_flat({key: wanted.get(key) for key in _FINGERPRINT}))
     pairs = {key: [before.get(key), after.get(key)] for key in {**before, **after}} | versions

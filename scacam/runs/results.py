@@ -4,7 +4,7 @@ Needs neither torch nor Ray, works on local folders and object storage, and neve
 that a file holds.
 """
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -15,26 +15,24 @@ import pyarrow.dataset as ds
 from PIL import Image
 from pyarrow import fs
 
-from scacam.drawing import blend, draw_box, grey
+from scacam.drawing import grey
 from scacam.errors import ImageError, RunError
 from scacam.images import decode
-from scacam.inputs.containers import read_image
-from scacam.localization import interpolation
+from scacam.inputs.containers import Place, read_image
+from scacam.runs.images import Images
+from scacam.runs.overlays import Row, drawn, unpacked
+from scacam.runs.overlays import on_image as placed
 from scacam.runs.record import layers_of, read_record
-from scacam.runs.shards import Shards, shards_of
+from scacam.runs.shards import Shards, among, mended, shards_of
 from scacam.storage import absolute, join, locate, uri_of
 from scacam.tables import (
     ERRORS,
     claimant_names,
     embeddings_folder,
     predictions_folder,
-    unpack_heatmaps,
 )
 
 __all__ = ["Claimant", "Row", "Run", "open_run"]
-
-Row = Mapping[str, Any]
-"""One explanation: of `to_pylist()`, of a pandas frame, or any other mapping of its columns."""
 
 
 class Claimant(NamedTuple):
@@ -113,12 +111,17 @@ class Run:
     def manifest(self) -> pa.Table:
         """The images of the run: image_id, uri, label, and as far as known size and offset."""
         manifest = self._dataset("manifest.parquet")
-        return manifest.scanner(_columns(manifest.schema.names)).to_table()
+        return manifest.scanner(mended(manifest.schema.names)).to_table()
+
+    @cached_property
+    def images(self) -> Images:
+        """The images of the run, of which a few can be looked up without reading them all."""
+        return Images(self.path)
 
     @cached_property
     def image_ids(self) -> np.ndarray:
         """The ids of all images of the run, int64, in the order of the manifest."""
-        return self._dataset("manifest.parquet").to_table(["image_id"])["image_id"].to_numpy()
+        return np.arange(self.images.count)
 
     @cached_property
     def errors(self) -> pa.Table:
@@ -178,16 +181,14 @@ class Run:
             raise RunError("networks differ in the size of heatmaps: read one at a time")
         ids = None if image_ids is None else np.unique(np.asarray(image_ids, dtype=np.int64))
         if ids is not None:
-            condition = condition & _among(ids)
+            condition = condition & among(ids)
         explanations = self._shards.dataset(
             having or list(layers), ids, heatmaps=network is not None
         )
         names = explanations.schema.names
         for name in columns or ():
             self._check_known("column", name, names)
-        return explanations.scanner(
-            _columns(names if columns is None else columns), filter=condition
-        )
+        return explanations.scanner(mended(names if columns is None else columns), filter=condition)
 
     def predictions(
         self,
@@ -234,7 +235,7 @@ class Run:
         condition = pc.scalar(True) if where is None else where
         ids = None if image_ids is None else np.unique(np.asarray(image_ids, dtype=np.int64))
         if ids is not None:
-            condition = condition & _among(ids)
+            condition = condition & among(ids)
         found = self._shards.predictions(folder(network), ids)
         return None if found is None else found.scanner(columns, filter=condition)
 
@@ -254,21 +255,23 @@ class Run:
         Raises:
             RunError: the row has no heatmap.
         """
-        if row.get("heatmap") is None:
-            raise RunError("the row has no heatmap: read it with run.explanations(network=…)")
-        shape = int(row["map_height"]), int(row["map_width"])
-        packed = np.asarray(row["heatmap"], dtype=np.float16).reshape(shape)
-        heatmap = unpack_heatmaps(packed, np.asarray(row["scale"], dtype=np.float32))
-        return (
-            _on_image(heatmap, row, (int(row["width"]), int(row["height"])))
-            if on_image
-            else heatmap
-        )
+        heatmap = unpacked(row)
+        size = int(row["width"]), int(row["height"])
+        return placed(heatmap, row, size) if on_image else heatmap
 
-    def photo(self, row: Row) -> Image.Image | None:
-        """The image that was explained, upright; None where it is gone or not the same any more."""
+    def photo(self, row: Row, place: Place | None = None) -> Image.Image | None:
+        """The image that was explained, upright; None where it is gone or not the same any more.
+
+        Args:
+            row: an explanation.
+            place: where the image is, as `images.places` has it; left out, it is looked up.
+        """
+        image_id = int(row["image_id"])
+        place = place or self.images.places([image_id]).get(image_id)
+        if place is None:
+            return None
         try:
-            photo = decode(read_image(str(row["uri"]), **self._place(int(row["image_id"]))))
+            photo = decode(read_image(str(row["uri"]), place.offset, place.size))
         except (OSError, ValueError, ImageError):
             return None
         return photo if photo.size == (int(row["width"]), int(row["height"])) else None
@@ -287,15 +290,7 @@ class Run:
             maximum: divides the map instead, so that pictures beside one another share one scale.
         """
         photo = photo or self.photo(row) or grey(int(row["width"]), int(row["height"]))
-        heatmap = self.heatmap(row)
-        top = float(heatmap.max()) if maximum is None else maximum
-        shares = (heatmap / top).clip(0, 1) if top > 0 else np.zeros_like(heatmap)
-        picture = blend(photo, _on_image(shares, row, photo.size))
-        box = [float("nan" if row[name] is None else row[name]) for name in _BOX]
-        if np.isfinite(box).all():
-            x, y = photo.width / float(row["width"]), photo.height / float(row["height"])
-            draw_box(picture, np.multiply(box, (x, y, x, y)).tolist())
-        return picture
+        return drawn(row, photo, maximum)
 
     def metrics(self, name: str) -> ds.Dataset | None:
         """What an offline job left in `OUT/metrics/NAME.parquet` or in the folder of that name.
@@ -314,13 +309,6 @@ class Run:
     def _has(self, name: str) -> bool:
         filesystem, path = locate(join(self.path, name))
         return filesystem.get_file_info(path).type != fs.FileType.NotFound
-
-    def _place(self, image_id: int) -> dict[str, int | None]:
-        """Where in its container an image lies, as far as the manifest says."""
-        manifest = self._dataset("manifest.parquet")
-        names = [name for name in ("offset", "size") if name in manifest.schema.names]
-        row = manifest.to_table(names, filter=pc.field("image_id") == image_id)
-        return row.to_pylist()[0] if names else {}
 
     def _dataset(self, name: str) -> ds.Dataset:
         if name not in self._datasets:
@@ -343,55 +331,3 @@ class Run:
     def _check_known(self, kind: str, name: str, known: Collection[str]) -> None:
         if name not in known:
             raise RunError(f"{self.path} has no {kind} {name!r}; it has {', '.join(known)}")
-
-
-_BOX = ("box_x0", "box_y0", "box_x1", "box_y1")
-
-
-_MENDED = {
-    "class_name": pc.coalesce(
-        pc.field("class_name"),
-        pc.binary_join_element_wise(
-            pc.scalar("class"), pc.field("class_id").cast(pa.string()), pc.scalar(" ")
-        ),
-    ),
-    "label": pc.if_else(
-        pc.field("label") >= 0, pc.field("label"), pc.scalar(pa.scalar(None, pa.int32()))
-    ),
-}
-"""Columns that runs may hold as they should not be read."""
-
-
-def _columns(names: Sequence[str]) -> dict[str, pc.Expression]:
-    return {name: _MENDED.get(name, pc.field(name)) for name in names}
-
-
-def _among(ids: np.ndarray) -> pc.Expression:
-    """A condition on `image_id`, whose first part can be judged by the statistics of a shard."""
-    field = pc.field("image_id")
-    if not len(ids):
-        return pc.scalar(False)
-    return (field >= int(ids[0])) & (field <= int(ids[-1])) & field.isin(pa.array(ids))
-
-
-def _on_image(heatmap: np.ndarray, row: Row, size: tuple[int, int]) -> np.ndarray:
-    """Upsample a map onto its image in any width and height, NaN outside of the view."""
-    rows, columns = (
-        _within(
-            length,
-            (np.arange(pixels) + 0.5) * float(row[whole]) / pixels,
-            float(row[f"view_{axis}0"]),
-            float(row[f"view_{axis}1"]),
-        )
-        for length, pixels, whole, axis in zip(
-            heatmap.shape, size[::-1], ("height", "width"), "yx", strict=True
-        )
-    )
-    return rows @ heatmap @ columns.T
-
-
-def _within(length: int, points: np.ndarray, start: float, end: float) -> np.ndarray:
-    """The interpolation from `length` cells of a view to points of the image, NaN outside of it."""
-    matrix = interpolation(length, (points - start) / (end - start))
-    matrix[(points < start) | (points >= end)] = np.nan
-    return matrix.astype(np.float32)

@@ -1,4 +1,4 @@
-"""The shards of a run: where those of a layer lie, and which of them may hold some images."""
+"""The shards of a run: where those of a layer lie, which may hold some images, how to read them."""
 
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -15,7 +15,20 @@ from scacam.storage import join, locate
 from scacam.storage.parquet import read_columns
 from scacam.tables import explanations_folder
 
-__all__ = ["Shards", "shards_of"]
+__all__ = ["Shards", "among", "mended", "shards_of"]
+
+_MENDED = {
+    "class_name": pc.coalesce(
+        pc.field("class_name"),
+        pc.binary_join_element_wise(
+            pc.scalar("class"), pc.field("class_id").cast(pa.string()), pc.scalar(" ")
+        ),
+    ),
+    "label": pc.if_else(
+        pc.field("label") >= 0, pc.field("label"), pc.scalar(pa.scalar(None, pa.int32()))
+    ),
+}
+"""Columns that runs may hold as they should not be read."""
 
 
 def shards_of(output: str, folder: str) -> list[fs.FileInfo]:
@@ -23,6 +36,19 @@ def shards_of(output: str, folder: str) -> list[fs.FileInfo]:
     filesystem, path = locate(join(output, folder))
     selector = fs.FileSelector(path, allow_not_found=True)
     return [info for info in filesystem.get_file_info(selector) if info.extension == "parquet"]
+
+
+def mended(names: Sequence[str]) -> dict[str, pc.Expression]:
+    """Columns by their names, as they should be read."""
+    return {name: _MENDED.get(name, pc.field(name)) for name in names}
+
+
+def among(ids: np.ndarray) -> pc.Expression:
+    """A condition on `image_id`, whose first part can be judged by the statistics of a shard."""
+    field = pc.field("image_id")
+    if not len(ids):
+        return pc.scalar(False)
+    return (field >= int(ids[0])) & (field <= int(ids[-1])) & field.isin(pa.array(ids))
 
 
 class Shards:

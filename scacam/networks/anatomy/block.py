@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 
-__all__ = ["Attended", "LastBlock", "attended", "attending", "pruned"]
+__all__ = ["Attended", "LastBlock", "attended", "attending", "attending_by", "pruned"]
 
 _PATCHED = threading.RLock()
 """Held while torch's attention is another function than torch's."""
@@ -51,16 +51,22 @@ class Attended:
     """What a pruned block's attention shows when it runs: of Q queries, in each head.
 
     Attributes:
+        tokens: that come to the block, `[B, Q, C]`.
         query: times its scale, `[B, heads, Q, D]`.
         scores: before the softmax, `[B, heads, Q, N]`; a leaf where the block is linear.
         weights: after it.
         made: `[B, heads, Q, D]`.
+        value: of all tokens, `[B, heads, N, D]`.
+        mask: what is added to the scores, if anything.
     """
 
+    tokens: Tensor
     query: Tensor
     scores: Tensor
     weights: Tensor
     made: Tensor
+    value: Tensor
+    mask: Tensor | None
 
 
 class _Seen(Exception):
@@ -99,13 +105,16 @@ def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Attended
             **__: Any,
         ) -> Tensor:
             query = _scaled(query, scale)
-            scores = _scores(query, key, None if mask is None else mask[..., : block.read, :])
+            of_read = None if mask is None else mask[..., : block.read, :]
+            scores = _scores(query, key, of_read)
             if block.layer is not None:
                 torch.set_grad_enabled(True)
                 scores = scores.detach().requires_grad_()
             weights = scores.softmax(-1)
-            seen.append(Attended(query, scores, weights, weights @ value))
-            return seen[-1].made
+            made = weights @ value
+            read = tokens[:, : block.read]
+            seen.append(Attended(read, query, scores, weights, made, value, of_read))
+            return made
 
         def cut(given: Any) -> Any:
             """Without what belongs to the image's tokens: their rotary embeddings."""
@@ -114,7 +123,7 @@ def pruned(module: nn.Module, block: LastBlock | None) -> Iterator[list[Attended
             has_rows = isinstance(given, Tensor) and given.shape[-2:-1] == (of_image,)
             return given[..., :0, :] if has_rows else given
 
-        with _attention(attend):
+        with attending_by(attend):
             return whole(
                 tokens[:, : block.read],
                 *cut(arguments),
@@ -153,7 +162,7 @@ def attending(wanted: bool = True) -> Iterator[list[Tensor]]:
             seen.append(weights.detach().mean(1))
         return weights @ value
 
-    with _attention(attend):
+    with attending_by(attend):
         yield seen
 
 
@@ -184,7 +193,7 @@ def attended(run: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor | None]:
         seen.append((key, value, attn_mask))
         raise _Seen
 
-    with _attention(see), suppress(_Seen):
+    with attending_by(see), suppress(_Seen):
         run()
     if not seen:
         raise NetworkError("the last block calls no attention of torch")
@@ -192,7 +201,7 @@ def attended(run: Callable[[], object]) -> tuple[Tensor, Tensor, Tensor | None]:
 
 
 @contextmanager
-def _attention(function: Callable[..., Tensor]) -> Iterator[None]:
+def attending_by(function: Callable[..., Tensor]) -> Iterator[None]:
     """Inside this context, that function is the attention of torch, which has no hook for it."""
     with _PATCHED:
         original, fast = F.scaled_dot_product_attention, torch.backends.mha.get_fastpath_enabled()

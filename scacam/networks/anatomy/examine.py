@@ -9,6 +9,7 @@ every other head is differentiated by autograd. What the graph says is checked b
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from itertools import count
 from typing import NamedTuple
 
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 from scacam.errors import NetworkError
 from scacam.methods.gradients import MaskedGradients
+from scacam.networks.anatomy.alone import find_alone
 from scacam.networks.anatomy.backward import differentiable, differentiate, through_block
 from scacam.networks.anatomy.block import LastBlock, attending, pruned
 from scacam.networks.anatomy.head import ExplainedLayer, Head, Kind
@@ -29,21 +31,12 @@ from scacam.networks.anatomy.output import (
     look_at_output,
     operation,
 )
+from scacam.networks.anatomy.path import LINEAR, POOLING, is_linear_at_own_scale, path
 from scacam.networks.anatomy.search import Reach, find_layers
 
 __all__ = ["Anatomy", "examine"]
 
 _SEED = 0
-
-# Operations of the autograd graph, without their suffix `Backward0`.
-_POOLING = {"Mean", "AvgPool2D"}
-_LINEAR = {"Addmm", "Mm", "Linear", "Convolution", "MkldnnConvolution"}
-_OTHERS = {
-    "AdaptiveAvgPool2D", "MkldnnAdaptiveAvgPool2D", "AdaptiveMaxPool2D", "MaxPool2DWithIndices",
-    "Relu", "LeakyRelu", "Elu", "Hardtanh", "Hardswish", "Silu", "Gelu", "Tanh", "Sigmoid", "Mul",
-    "NativeLayerNorm", "NativeBatchNorm", "CudnnBatchNorm", "NativeGroupNorm", "Pow", "Clamp",
-}  # fmt: skip
-_SINGLE_PATH = SHAPING | _POOLING | _LINEAR | _OTHERS
 
 # By what happens between features and logits: pooling, linear layer, ReLU.
 _KINDS: dict[str, Kind] = {"pl": "pooled", "lp": "pooled", "rpl": "rectified", "lrp": "scores"}
@@ -110,7 +103,7 @@ def examine(
                     output, raw = look_at_output(module, images[1:], output_kind)
                 again = answers[-1][0]
                 features = captured.of(target)
-                layers.append(_explained(module, images[1:], target, features, raw))
+                layers.append(_explained(module, images[1:], target, features, output, raw))
     finally:
         handle.remove()
     _refuse_other_answer(answers[0][1], again)
@@ -150,14 +143,19 @@ def _reach(module: nn.Module, images: Tensor, target: TargetLayer, classifier: s
         (read * random).sum(), captured.of(target), retain_graph=True, allow_unused=True
     )
     reached = gradients is not None and bool((gradients != 0).any())
-    straight = bool(_operations(returned)) or (
+    straight = bool(_operations(returned, captured.of(target))) or (
         target.others is None and _is_neck(module, images, target)
     )
     return Reach(reached, reached and straight)
 
 
 def _explained(
-    module: nn.Module, images: Tensor, target: TargetLayer, features: Tensor, raw: Tensor
+    module: nn.Module,
+    images: Tensor,
+    target: TargetLayer,
+    features: Tensor,
+    output: Output,
+    raw: Tensor,
 ) -> ExplainedLayer:
     """A layer with what lies between its features and the logits as the module has them."""
     unread = NetworkError(
@@ -172,11 +170,16 @@ def _explained(
     (expected,) = differentiate(logits, [features], class_ids)
     if target.others is not None and not expected.any() and logits.any():
         raise unread
-    operations = _operations(raw)
+    operations = _operations(raw, features)
     head = _head(module, operations, features, raw, class_ids, expected)
     if target.others and not operations:
         block = _last_block(module, images, target, logits, class_ids, expected)
         head = replace(head, block=block)
+    is_linear = head.block is not None and head.block.layer is not None
+    if head.is_even or is_linear:
+        run = partial(output.logits, module)
+        alone = find_alone(module, run, images, target, head.block)
+        head = replace(head, alone=alone, is_scaled=head.is_scaled and alone is not None)
     straight = bool(operations) or target.others is not None or _is_neck(module, images, target)
     channels, height, width = features.shape[1:]
     return ExplainedLayer(target, head, straight, (channels, height, width))
@@ -198,9 +201,11 @@ def _head(
         actual = found.values * found.mask if isinstance(found, MaskedGradients) else found
         if (actual - expected).abs().max() <= tolerance:
             return candidate
-    is_even = (expected - expected[..., :1, :1]).abs().max() <= tolerance
     first = next((step for step in operations if step not in SHAPING), None)
-    return Head("general", None, is_even=first in _POOLING and bool(is_even))
+    spread = (expected - expected[..., :1, :1]).abs().max()
+    is_even = first in POOLING and bool(spread <= tolerance)
+    is_scaled = is_even and is_linear_at_own_scale(operations) and raw.shape[1] > 1
+    return Head("general", None, is_even, is_scaled)
 
 
 def _last_block(
@@ -267,17 +272,9 @@ def _is_neck(module: nn.Module, images: Tensor, target: TargetLayer) -> bool:
     return torch.allclose(answers[1:], answers[:1].expand_as(answers[1:]), rtol=1e-3, atol=1e-5)
 
 
-def _operations(logits: Tensor) -> list[str]:
-    """The path from the leaf to the logits, if it is a single one of known operations."""
-    node = logits.grad_fn
-    operations: list[str] = []
-    while node is not None and node.name() != "torch::autograd::AccumulateGrad":
-        parents = [parent for parent, _ in node.next_functions if parent is not None]
-        if len(parents) != 1 or operation(node) not in _SINGLE_PATH:
-            return []
-        operations.append(operation(node))
-        node = parents[0]
-    return operations[::-1]
+def _operations(logits: Tensor, features: Tensor) -> list[str]:
+    """What happens on the path from features to logits, if it is a single one."""
+    return [operation(node) for node in path(logits, features)]
 
 
 def _candidates(
@@ -285,7 +282,7 @@ def _candidates(
 ) -> list[Head]:
     """What the head may be by its operations, with each layer that may classify by its shape."""
     steps = "".join(
-        "p" if step in _POOLING else "l" if step in _LINEAR else "r" if step == "Relu" else "?"
+        "p" if step in POOLING else "l" if step in LINEAR else "r" if step == "Relu" else "?"
         for step in operations
         if step not in SHAPING
     )

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from scacam.methods import METHODS
 from scacam.methods.gradients import Gradients, MaskedGradients, weigh
+from scacam.networks.anatomy.alone import Alone
 from scacam.networks.anatomy.block import LastBlock
 from scacam.networks.anatomy.layer import TargetLayer
 from scacam.networks.anatomy.output import both_classes
@@ -30,11 +31,17 @@ class Head:
             be run for the tokens alone that are read; see `block`.
         is_even: whether a general head pools the features first, so that its gradients are the
             same at every position.
+        is_scaled: whether a general head is pooling and linear layers, but for normalisations
+            that divide what is pooled by a number of each image's own, such as a LayerNorm or that
+            of an embedding; see `path.at_own_scale`.
+        alone: how to run a general head by itself, if it can be.
     """
 
     kind: Kind
     classifier: str | None
     is_even: bool = False
+    is_scaled: bool = False
+    alone: Alone | None = None
     block: LastBlock | None = None
 
     def class_weights(self, module: nn.Module) -> Tensor | None:
@@ -105,6 +112,11 @@ class ExplainedLayer(NamedTuple):
             return block is not None and block.follows is not None
         if needs.needs_attention == "last":
             return block is not None
-        return not needs.needs_finer_layer and (
-            self.head.kind != "general" or not needs.needs_class_weights
-        )
+        if needs.needs_finer_layer:
+            return False
+        if self.head.kind != "general":
+            return True
+        if needs.needs_head:
+            alone = self.head.alone
+            return not needs.needs_class_weights and alone is not None and alone.is_cheap
+        return not needs.needs_class_weights or self.head.is_scaled

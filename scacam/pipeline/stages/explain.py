@@ -37,6 +37,7 @@ class Explain(Holder):
         top_k: int,
         explain_label: bool,
         embeddings: bool,
+        compile: bool,
         **more: Any,
     ) -> None:
         """Take the network, to the GPU if the actor has one.
@@ -48,6 +49,7 @@ class Explain(Holder):
             explain_label: whether to explain the labelled class as well, which comes last; of an
                 image without a label that is class 0.
             embeddings: whether to pass the pooled features on.
+            compile: whether to compile the network; one that cannot be raises here.
             more: as `Holder` takes it.
         """
         from scacam.explainer import Explainer
@@ -60,6 +62,13 @@ class Explain(Holder):
         self.columns |= {said(name, layer): pa.float32() for layer in self.explainer.layers}
         if embeddings:
             self.columns[embeddings_folder(name)] = pa.float16()
+        if compile:
+            self.network.module.compile()
+            look = self.network.preprocessing
+            shape = self.batch_size, *look.crop_size, look.channels
+            self._explain(
+                np.zeros(shape, dtype=np.uint8), np.zeros(self.batch_size, dtype=np.int64)
+            )
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Explain one block, some images at a time."""
@@ -106,8 +115,10 @@ class Explain(Holder):
         import torch
 
         images = self.images(samples)
-        wanted = torch.from_numpy(labels.clip(min=0)).long().to(self.device)
-        explanation = self.explainer(images, wanted if self.explain_label else None)
+        wanted = None
+        if self.explain_label:
+            wanted = torch.from_numpy(labels.clip(min=0)).long().to(self.device)
+        explanation = self.explainer(images, wanted)
         probabilities = self.network.probabilities(explanation.logits)
         class_ids, channels = explanation.class_ids, explanation.channels
         assert channels is not None

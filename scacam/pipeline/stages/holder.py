@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from scacam.networks import Network
 
-__all__ = ["Holder", "settle"]
+__all__ = ["Holder"]
 
 _Seen = TypeVar("_Seen")
 
@@ -68,7 +68,7 @@ class Holder:
         gc.disable()  # what torch makes as it loads is no garbage, and there is much of it
         self.network = load()
         gc.enable()
-        self.device, self.batch_size = settle(self.network, batch_size)
+        self.device, self.batch_size = _settle(self.network, batch_size)
         if bfloat16:
             self.network.module.bfloat16()
         self.sampling = sampling
@@ -169,7 +169,7 @@ class Holder:
         os._exit(1)
 
 
-def settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, int]":
+def _settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, int]":
     """Move a network to where this process runs it.
 
     Args:
@@ -187,6 +187,9 @@ def settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, i
         device = torch.device("cpu")
         torch.set_num_threads(1)  # there are as many actors as cores
     network.module.to(device)
+    for layer in network.module.modules():
+        if isinstance(layer, torch.nn.Conv2d):  # as images are, or a GPU rearranges it in each pass
+            layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)
     return device, batch_size or (_BATCH_ON_GPU if device.type == "cuda" else _BATCH_ON_CPU)
 
 

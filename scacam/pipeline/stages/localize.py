@@ -20,7 +20,6 @@ from scacam.tables import (
     explanations_folder,
     pack_heatmaps,
     predictions_folder,
-    unpack_heatmaps,
 )
 
 __all__ = ["Localize", "Speaker"]
@@ -157,12 +156,7 @@ class Localize:
         views = views.repeat(of_each * classes.kept.sum(1), axis=0)
         names = np.array(methods, dtype=object)
         relu = np.array([name in self.rectified for name in methods])
-        peaks, boxes = localize(
-            unpack_heatmaps(heatmaps, scales),
-            np.resize(relu, rows),
-            views,
-            speaker.input_size,
-        )
+        peaks, boxes = localize(heatmaps, np.resize(relu, rows), views, speaker.input_size)
         located = np.concatenate([peaks, boxes], axis=1)
         ids, class_names, ranks, probabilities = _class_columns(speaker, classes, of_each)
         cells = pa.array(np.arange(rows + 1) * height * width, pa.int32())
