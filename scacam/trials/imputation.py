@@ -19,14 +19,10 @@ from torch import Tensor
 __all__ = ["impute"]
 
 _DIRECT, _DIAGONAL = 1 / 6, 1 / 12
-_AROUND = torch.tensor(
-    [
-        [_DIAGONAL, _DIRECT, _DIAGONAL],
-        [_DIRECT, 0, _DIRECT],
-        [_DIAGONAL, _DIRECT, _DIAGONAL],
-    ]
-)
-_LACK = _AROUND - torch.tensor([[0, 0, 0], [0, 1, 0], [0, 0, 0]])
+_AROUND = torch.full((3, 3), _DIAGONAL)
+_AROUND[1], _AROUND[:, 1], _AROUND[1, 1] = _DIRECT, _DIRECT, 0
+_LACK = _AROUND.clone()
+_LACK[1, 1] = -1
 _SHARES = torch.outer(torch.tensor([1, 3, 3, 1]), torch.tensor([1, 3, 3, 1])) / 16
 _ROUNDS = 100
 _COARSEST, _SWEEPS = 4, 8
@@ -96,7 +92,7 @@ def _filled(values: Tensor, levels: Sequence[_Level], tolerance: float) -> Tenso
         last = _dot(better, better).amax() <= tolerance**2 * better[:, 0].numel()
         product = _dot(residual, better)
         if number:
-            better = torch.addcmul(better, _ratio(product, before), direction, out=better)
+            better.addcmul_(_ratio(product, before), direction)
         direction = better
         applied = _residual(direction)
         step = _ratio(product, -_dot(direction, applied))
@@ -183,11 +179,7 @@ def _convolved(values: Tensor, kernel: Tensor, stride: int) -> Tensor:
 
 
 def _dot(one: Tensor, other: Tensor) -> Tensor:
-    """By image, `[1, N, 1, 1]`; on a processor by a product that needs no memory of their size."""
-    if one.device.type != "cpu":
-        return (one * other).sum((0, 2, 3), keepdim=True)
-    flat = [values.permute(1, 0, 2, 3).flatten(1) for values in (one, other)]
-    return (flat[0] @ flat[1].T).diagonal()[None, :, None, None]
+    return (one * other).sum((0, 2, 3), keepdim=True)
 
 
 def _ratio(one: Tensor, other: Tensor) -> Tensor:
