@@ -1,5 +1,6 @@
 """Maps on trial: numbers of other libraries, numbers by hand, and a slow loop from definitions."""
 
+import itertools
 from types import SimpleNamespace
 
 import cv2
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from scipy.sparse import lil_matrix
+from scipy.sparse import csc_matrix
 from scipy.sparse.linalg import spsolve
 from scipy.stats import spearmanr
 from tiny_networks import colours
@@ -156,26 +157,26 @@ def test_two_neighbours_are_imputed_from_each_other():
 
 def solved(image, known):
     """The imputation of ROAD from its definition, by a sparse solver: `[C, H, W]`."""
-    height, width = known.shape
-    unknown = {place: index for index, place in enumerate(zip(*np.nonzero(~known), strict=True))}
-    matrix = lil_matrix((len(unknown), len(unknown)))
-    right = np.zeros((len(unknown), len(image)))
-    for (row, column), index in unknown.items():
-        for down in (-1, 0, 1):
-            for across in (-1, 0, 1):
-                place = row + down, column + across
-                if (down, across) == (0, 0) or not (
-                    0 <= place[0] < height and 0 <= place[1] < width
-                ):
-                    continue
-                weight = 1 / 12 if down and across else 1 / 6
-                matrix[index, index] += weight
-                if place in unknown:
-                    matrix[index, unknown[place]] -= weight
-                else:
-                    right[index] += weight * image[:, place[0], place[1]]
+    rows, columns = np.nonzero(~known)
+    unknown = np.full(known.shape, -1)
+    unknown[rows, columns] = index = np.arange(len(rows))
+    matrix = csc_matrix((len(rows), len(rows)))
+    right = np.zeros((len(rows), len(image)))
+    for down, across in itertools.product((-1, 0, 1), repeat=2):
+        if (down, across) == (0, 0):
+            continue
+        weight = 1 / 12 if down and across else 1 / 6
+        row, column = rows + down, columns + across
+        inside = (row >= 0) & (row < known.shape[0]) & (column >= 0) & (column < known.shape[1])
+        row, column, here = row[inside], column[inside], index[inside]
+        there = unknown[row, column]
+        links = there >= 0
+        places = np.concatenate([[here, here], [here[links], there[links]]], axis=1)
+        weights = np.repeat([weight, -weight], [len(here), links.sum()])
+        matrix += csc_matrix((weights, places), shape=matrix.shape)
+        right[here[~links]] += weight * image[:, row[~links], column[~links]].T
     filled = image.copy()
-    filled[:, ~known] = spsolve(matrix.tocsc(), right).reshape(len(unknown), -1).T
+    filled[:, ~known] = spsolve(matrix, right).reshape(len(rows), -1).T
     return filled
 
 

@@ -152,8 +152,19 @@ def _assert_each_cell_alone(network: Network) -> None:
     assert not any("forward" in vars(layer) for layer in network.module.modules())
 
 
+def _assert_alike_in_half_precision(network: Network) -> None:
+    explainer = Explainer(network, ("gap_cam", "recipro_cam"))
+    expected = explainer(_images(), torch.tensor([1, 2])).heatmaps
+    with torch.autocast("cpu", torch.bfloat16):
+        half = explainer(_images(), torch.tensor([1, 2])).heatmaps
+    for method, maps in expected.items():
+        difference = (half[method] - maps)[:, -1].abs().max()
+        assert difference <= 0.05 * maps.abs().max(), method
+
+
 def test_recipro_cam_runs_the_head_for_every_cell(network: Network) -> None:
     _assert_each_cell_alone(network)
+    _assert_alike_in_half_precision(network)
 
 
 def _torchvision(**options: int) -> nn.Module:
@@ -183,7 +194,9 @@ def test_recipro_cam_runs_the_last_block_for_the_class_token(name: str) -> None:
         for parameter_name, parameter in made.named_parameters():
             if "gamma" in parameter_name or "head" in parameter_name or "23" in parameter_name:
                 nn.init.normal_(parameter, std=0.5)  # not as small as they begin
-    _assert_each_cell_alone(Network(made, preprocessing=SMALL))
+    network = Network(made, preprocessing=SMALL)
+    _assert_each_cell_alone(network)
+    _assert_alike_in_half_precision(network)
 
 
 def test_gradients_go_through_the_normalisation(network: Network) -> None:

@@ -9,6 +9,7 @@ gradients with a multigrid cycle as their preconditioner.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,13 @@ from torch import Tensor
 __all__ = ["impute"]
 
 _DIRECT, _DIAGONAL = 1 / 6, 1 / 12
+_AROUND = torch.full((3, 3), _DIAGONAL)
+_AROUND[1], _AROUND[:, 1], _AROUND[1, 1] = _DIRECT, _DIRECT, 0
+_LACK = _AROUND.clone()
+_LACK[1, 1] = -1
+_SHARES = torch.outer(torch.tensor([1, 3, 3, 1]), torch.tensor([1, 3, 3, 1])) / 16
 _ROUNDS = 100
-_COARSEST, _SWEEPS = 4, 16
+_COARSEST, _SWEEPS = 4, 8
 
 
 class _Level(NamedTuple):
@@ -27,11 +33,10 @@ class _Level(NamedTuple):
 
     Attributes:
         removed: 1 for those that are filled in, 0 for others.
-        degree, weight: of these the sum of the weights of all neighbours, and one over it.
+        weight: of these one over the sum of the weights of all neighbours.
     """
 
     removed: Tensor
-    degree: Tensor
     weight: Tensor
 
 
@@ -49,7 +54,7 @@ def impute(images: Tensor, known: Tensor, tolerance: float = 1e-5) -> Tensor:
     """
     values = _side_by_side(images.transpose(0, 1))
     levels = _levels(_side_by_side((~known)[None].to(images)))
-    return _filled(values, levels, tolerance).transpose(0, 1).contiguous()
+    return torch.empty_like(images).copy_(_filled(values, levels, tolerance).transpose(0, 1))
 
 
 def _side_by_side(values: Tensor) -> Tensor:
@@ -68,23 +73,28 @@ def _levels(removed: Tensor) -> list[_Level]:
     while True:
         # A single pixel has no neighbours, and then nothing that is known reaches it.
         degree = _neighbours(torch.ones_like(removed)).clamp(min=_DIAGONAL)
-        levels.append(_Level(removed, removed * degree, removed / degree))
+        levels.append(_Level(removed, removed / degree))
         if max(removed.shape[2:]) <= _COARSEST:
             return levels
         removed = (F.avg_pool2d(removed, 2, ceil_mode=True) == 1).to(removed)
 
 
 def _filled(values: Tensor, levels: Sequence[_Level], tolerance: float) -> Tensor:
-    """The solution, at the pixels that are not removed the values: `[C, N, H, W]`."""
+    """The solution, at the pixels that are not removed the values: `[C, N, H, W]`.
+
+    Residuals are left as they come out there: all that is made of them is weighed with 0.
+    """
     filled = _started(torch.addcmul(values, values, levels[0].removed, value=-1), levels)
-    residual = _residual(levels[0], filled)
+    residual = _residual(filled)
     direction = before = torch.zeros(())
-    for _ in range(_ROUNDS):
+    for number in range(_ROUNDS):
         better = _cycle(levels, residual)
         last = _dot(better, better).amax() <= tolerance**2 * better[:, 0].numel()
         product = _dot(residual, better)
-        direction = torch.addcmul(better, _ratio(product, before), direction)
-        applied = _residual(levels[0], direction)
+        if number:
+            better.addcmul_(_ratio(product, before), direction)
+        direction = better
+        applied = _residual(direction)
         step = _ratio(product, -_dot(direction, applied))
         filled.addcmul_(step, direction)
         if bool(last):
@@ -104,30 +114,44 @@ def _started(kept: Tensor, levels: Sequence[_Level]) -> Tensor:
     if len(levels) == 1:
         return kept
     share = 1 - F.avg_pool2d(levels[0].removed, 2, ceil_mode=True)
-    means = F.avg_pool2d(kept, 2, ceil_mode=True) / torch.where(share > 0, share, 1)
+    means = F.avg_pool2d(kept, 2, ceil_mode=True).div_(torch.where(share > 0, share, 1))
     coarse = _started(means, levels[1:])
-    coarse = coarse + _cycle(levels[1:], _residual(levels[1], coarse))
+    coarse = coarse + _cycle(levels[1:], _residual(coarse))
     return torch.addcmul(kept, levels[0].removed, _finer(coarse, kept))
 
 
 def _cycle(levels: Sequence[_Level], residual: Tensor) -> Tensor:
     """One multigrid V-cycle from zero, symmetric: about the solution for a residual."""
-    removed, _, weight = levels[0]
+    removed, weight = levels[0]
     first = weight * residual
     if len(levels) == 1:
         found = first
         for _ in range(_SWEEPS):
             found = torch.addcmul(first, weight, _neighbours(found))
         return found
-    left = _coarser(_neighbours(first).mul_(removed)).mul_(levels[1].removed)
-    found = torch.addcmul(first, removed, _finer(_cycle(levels[1:], left), first))
+    left = _coarser(_neighbours(first).mul_(removed))
+    found = _finer(_cycle(levels[1:], left), first)
+    found = torch.addcmul(first, removed, found, out=found)
     return first.addcmul_(weight, _neighbours(found))
 
 
-def _residual(level: _Level, values: Tensor) -> Tensor:
-    """What removed pixels lack to the sum of their neighbours; 0 for others."""
-    around = _neighbours(values).mul_(level.removed)
-    return around.addcmul_(level.degree, values, value=-1)
+def _residual(values: Tensor) -> Tensor:
+    """What pixels lack to the sum of their neighbours."""
+    found = _convolved(values, _LACK, stride=1)
+    height, width = values.shape[2:]
+    missing = _missing(height, width).to(values)
+    for row in {0, height - 1}:
+        found[:, :, row].addcmul_(values[:, :, row], missing[row])
+    for column in {0, width - 1}:
+        inside = (..., slice(1, -1), column)
+        found[inside].addcmul_(values[inside], missing[1:-1, column])
+    return found
+
+
+@cache
+def _missing(height: int, width: int) -> Tensor:
+    """What the weights of a pixel's neighbours lack to 1 at the border: `[height, width]`."""
+    return 1 - _neighbours(torch.ones(1, 1, height, width))[0, 0]
 
 
 def _coarser(values: Tensor) -> Tensor:
@@ -136,8 +160,7 @@ def _coarser(values: Tensor) -> Tensor:
     if size[0] % 2 or size[1] % 2:
         half = *values.shape[:2], -(-size[0] // 2), -(-size[1] // 2)
         return torch.ops.aten.upsample_bilinear2d_backward(values, size, half, False)
-    across = torch.tensor([1.0, 3.0, 3.0, 1.0]) / 4
-    return _convolved(values, torch.outer(across, across), stride=2)
+    return _convolved(values, _SHARES, stride=2)
 
 
 def _finer(values: Tensor, like: Tensor) -> Tensor:
@@ -146,9 +169,7 @@ def _finer(values: Tensor, like: Tensor) -> Tensor:
 
 def _neighbours(values: Tensor) -> Tensor:
     """The weighted sum of each pixel's neighbours; outside of the image are none."""
-    kernel = torch.full((3, 3), _DIAGONAL)
-    kernel[1, :], kernel[:, 1], kernel[1, 1] = _DIRECT, _DIRECT, 0
-    return _convolved(values, kernel, stride=1)
+    return _convolved(values, _AROUND, stride=1)
 
 
 def _convolved(values: Tensor, kernel: Tensor, stride: int) -> Tensor:

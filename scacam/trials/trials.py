@@ -86,18 +86,19 @@ def road(case: Case) -> Scores:
     generator = torch.Generator().manual_seed(0)
     noise = _NOISE * torch.randn(case.images.shape[1:], generator=generator).to(case.images)
     removed = torch.tensor([case.pixels * share // 100 for share in _SHARES], device=noise.device)
-    steps, said = len(removed), []
+    count, said = len(places), []
     for first in (True, False):
-        for start in range(0, len(places) * steps, case.batch_size):
-            end = min(start + case.batch_size, len(places) * steps)
+        # A share after the other: the more is removed, the longer it takes to solve.
+        for start in range(0, len(removed) * count, case.batch_size):
+            end = min(start + case.batch_size, len(removed) * count)
             number = torch.arange(start, end, device=noise.device)
-            order, count = number // steps, removed[number % steps, None]
+            order, gone = number % count, removed[number // count, None]
             ranks, of_images = places[order], pairs.images[order]
-            known = ranks >= count if first else ranks < case.pixels - count
+            known = ranks >= gone if first else ranks < case.pixels - gone
             known = known.unflatten(1, case.size)
             images = impute(case.images[of_images], known, _UNSOLVED)
             said.append(case.ask(images.addcmul_((~known)[:, None].to(noise), noise), of_images))
-    both = torch.cat(said).reshape(2, len(places), steps)[:, pairs.places]
+    both = torch.cat(said).reshape(2, len(removed), count).mT[:, pairs.places]
     return {"morf": _numpy(both[0]), "lerf": _numpy(both[1])}
 
 

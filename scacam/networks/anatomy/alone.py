@@ -73,11 +73,10 @@ class Alone(NamedTuple):
             logits = [self.of_pooled(module, run, images, of_image) for of_image in alone]
         else:
             made = _attending_to_one(module, self.block, self.target.others or (), seen[0])
-            made = made.to(images)
-            tokens = seen[0].tokens[:, None].expand(-1, cells, -1, -1)
+            tokens = seen[0].tokens.to(images)[:, None].expand(-1, cells, -1, -1)
             logits = [
                 self._of_made(module, run, images, *of_image)
-                for of_image in zip(tokens, made, strict=True)
+                for of_image in zip(tokens, made.to(images), strict=True)
             ]
         return torch.stack(logits).to(features)
 
@@ -174,12 +173,14 @@ def _attending_to_one(
     """
     assert block.layer is not None
     layer, whole = module.get_submodule(block.layer), module.get_submodule(block.name)
-    nothing = seen.tokens.new_zeros(1, 1, seen.tokens.shape[2])
+    nothing = next(iter(layer.parameters())).new_zeros(1, 1, seen.tokens.shape[2])
     with layer.register_forward_hook(lambda *_: nothing):
         key, value, _ = attended(lambda: whole(nothing))
-    of_nothing = seen.query @ key.mT + (0 if seen.mask is None else seen.mask)
-    scores = seen.scores.detach()
-    of_nothing = of_nothing.expand_as(scores)
+    dtype = torch.promote_types(value.dtype, torch.float32)  # exponentials need it
+    query, scores, values, key, value = (
+        each.detach().to(dtype) for each in (seen.query, seen.scores, seen.value, key, value)
+    )
+    of_nothing = (query @ key.mT + (0 if seen.mask is None else seen.mask)).expand_as(scores)
     largest = torch.maximum(scores, of_nothing).amax(3, keepdim=True)
     one, zero = (scores - largest).exp(), (of_nothing - largest).exp()
     image = kept(scores.shape[3], others).to(scores.device)
@@ -187,8 +188,8 @@ def _attending_to_one(
     one, zero = one[..., image], zero[..., image]
     rest = zero.sum(3, keepdim=True) - zero  # of all the others
     total = beside.sum(3, keepdim=True) + one + rest
-    always = (beside @ seen.value[..., list(others), :])[:, :, :, None]
-    own = one[..., None] * seen.value[..., image, :][:, :, None]
+    always = (beside @ values[..., list(others), :])[:, :, :, None]
+    own = one[..., None] * values[..., image, :][:, :, None]
     made = (always + own + rest[..., None] * value[:, :, None]) / total[..., None]
     return made.permute(0, 3, 1, 2, 4)
 

@@ -79,7 +79,7 @@ def through_block(
     keys, values = _transposed(module, block, seen.query, to_made)
     keys = keys[:, None].expand(-1, classes, -1, -1)
     weights = seen.weights.detach()[:, None].expand(-1, classes, -1, -1, -1)
-    numbers = torch.cat([to_scores.flatten(2, 3), weights.flatten(2, 3)], 2)
+    numbers = torch.cat([to_scores.flatten(2, 3), weights.flatten(2, 3)], 2).to(keys)
     return torch.cat([keys, values], 2).mT @ numbers, to_weights
 
 
@@ -106,9 +106,9 @@ def _transposed(
     count = for_keys.shape[1]
     assert block.layer is not None
     layer = module.get_submodule(block.layer)
-    width = next(iter(layer.parameters())).shape[0]
+    scale = next(iter(layer.parameters()))  # as its weights are, also where attention is half
     with torch.enable_grad():
-        tokens = queries.new_zeros(1, count + for_values.shape[1], width).requires_grad_()
+        tokens = scale.new_zeros(1, count + for_values.shape[1], len(scale)).requires_grad_()
         handle = layer.register_forward_hook(lambda *_: tokens.clone())
         try:
             key, value, _ = attended(lambda: module.get_submodule(block.name)(tokens.detach()))
