@@ -68,7 +68,8 @@ def made(out: Path, planted: bool, kept: bool = True) -> Path:
         )
         for name, said in (("one", class_ids), ("two", others))
     }
-    images = Images([f"{i}.jpg" for i in range(COUNT)], [(64, 64)] * COUNT, labels)
+    failed = [f"failed {i}.jpg" for i in range(300)]  # more neighbours than a task has images
+    images = Images([f"{i}.jpg" for i in range(COUNT)], [(64, 64)] * COUNT, labels, failed)
     write_run(out, images, networks, shards=4)
     if kept:
         order = np.argsort(-values, axis=1)[:, :CHANNELS]

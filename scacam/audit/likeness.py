@@ -3,6 +3,7 @@
 Arrays in, arrays out.
 """
 
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -70,7 +71,7 @@ def alike(
     """
     moved = np.abs(shares[0] - shares[1]).sum((1, 2)) / 2
     moved[~shares.any((2, 3)).all(0)] = np.nan
-    ranks = standard_ranks(samples.reshape(*samples.shape[:2], -1))
+    ranks = standard_ranks(samples.reshape(*samples.shape[:2], math.prod(samples.shape[2:])))
     return Likeness(moved, (ranks[0] * ranks[1]).sum(-1), iou(*boxes))
 
 
@@ -78,7 +79,7 @@ def flattened(heatmaps: np.ndarray, shape: tuple[int, int]) -> np.ndarray:
     """Maps `[N, h, w]` as `[N, cells]`, upsampled to a shape if they have another."""
     if heatmaps.shape[1:] != shape:
         heatmaps = upsample(heatmaps, shape)
-    return heatmaps.reshape(len(heatmaps), -1)
+    return heatmaps.reshape(len(heatmaps), math.prod(shape))
 
 
 def _sampled(heatmaps: np.ndarray, views: np.ndarray, area: np.ndarray) -> np.ndarray:

@@ -304,11 +304,13 @@ def _read(run: Run, network: str, image_ids: np.ndarray, objects: TrueBoxes | No
 
 
 def _contributions(run: Run, network: str, image_ids: np.ndarray) -> Contributions | None:
-    """Of the channels to the top classes of images, by rising image id."""
+    """Of the channels to the top classes of images, by rising image id; None if there are none."""
     names = ["channel_ids", "channel_contributions", "channel_cells"]
     found = run.predictions(network, ["image_id", *names], pc.field("rank") == 1, image_ids)
     if found is None:
         return None
     rows = found.to_table().sort_by("image_id")
+    if not len(rows):
+        return None
     columns = (rows[name].combine_chunks().flatten().to_numpy() for name in names)
     return Contributions(*(column.reshape(len(rows), -1) for column in columns))
