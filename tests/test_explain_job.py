@@ -267,30 +267,29 @@ def raw_maps(output):
     return found * rows["scale"].to_numpy()[:, None, None]
 
 
-@pytest.mark.long
-def test_bfloat16_gives_the_same_maps_but_for_its_rounding(tmp_path, photo_folder, capsys):
-    folder = photo_folder(6)
+def maps_without_and_with(option, folder, tmp_path, capsys):
+    """The maps of a run without an option and of one with it, which are not the same run."""
     maps = []
-    for name, arguments in (("whole", []), ("half", ["--bfloat16"])):
+    for name, arguments in (("without", []), ("with", [f"--{option}"])):
         assert run(folder, tmp_path / name, *arguments) == 0
         maps.append(raw_maps(tmp_path / name))
+    assert run(folder, tmp_path / "without", f"--{option}") == 2
+    assert f"{option}: False → True" in capsys.readouterr().err
+    return maps
+
+
+@pytest.mark.long
+def test_bfloat16_gives_the_same_maps_but_for_its_rounding(tmp_path, photo_folder, capsys):
+    maps = maps_without_and_with("bfloat16", photo_folder(6), tmp_path, capsys)
     # Eight bits of mantissa; the network multiplies three times.
     differences = np.abs(maps[1] - maps[0]).max((1, 2)) / np.abs(maps[0]).max((1, 2))
     assert 1e-4 < differences.max() < 3 * 2**-8
-    assert run(folder, tmp_path / "whole", "--bfloat16") == 2
-    assert "bfloat16: False → True" in capsys.readouterr().err
 
 
 @pytest.mark.long
 def test_compiled_networks_give_the_same_maps(tmp_path, photo_folder, capsys):
-    folder = photo_folder(3)
-    maps = []
-    for name, arguments in (("plain", []), ("compiled", ["--compile"])):
-        assert run(folder, tmp_path / name, *arguments) == 0
-        maps.append(raw_maps(tmp_path / name))
+    maps = maps_without_and_with("compile", photo_folder(3), tmp_path, capsys)
     assert np.abs(maps[1] - maps[0]).max() < 2**-10 * np.abs(maps[0]).max()
-    assert run(folder, tmp_path / "plain", "--compile") == 2
-    assert "compile: False → True" in capsys.readouterr().err
 
 
 def test_failed_images_are_tried_again(tmp_path, photo):
