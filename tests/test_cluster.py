@@ -209,11 +209,23 @@ def test_actors_that_share_gpus_all_find_a_place(gpus, costs, actors, share):
 
 
 @pytest.mark.parametrize(
-    ("images", "actors"), [(20, [1, 1]), (500, [2, 1]), (1_000, [4, 2]), (10_000, [6, 2])]
+    ("images", "actors"), [(20, [1, 1]), (500, [2, 1]), (1_000, [4, 2]), (10_000, [8, 3])]
 )
 def test_an_actor_that_would_have_little_to_do_is_not_started(monkeypatch, images, actors):
     monkeypatch.setattr("scacam.pipeline.cluster.cores", lambda: 8)
     assert [allotment.actors for allotment in allot([0.018, 0.006], 0, images)] == actors
+
+
+@pytest.mark.parametrize("costs", [[1.0], [1.0, 1.0], [19.0, 35.0, 12.0], [1.0, 1.0, 40.0]])
+@pytest.mark.parametrize("cpus", [2, 5, 64])
+def test_no_pool_holds_up_cores_that_are_shared(monkeypatch, cpus, costs):
+    monkeypatch.setattr("scacam.pipeline.cluster.cores", lambda: cpus)
+    allotments = allot([cost / 1000 for cost in costs], 0, images=10**7)
+    actors = [allotment.actors for allotment in allotments]
+    shared = cpus / sum(costs)  # images that all cores come to, were they never idle
+    assert all(many / cost >= shared for many, cost in zip(actors, costs, strict=True))
+    assert max(actors) <= cpus
+    assert sum(allotment.actors * allotment.num_cpus for allotment in allotments) <= cpus / 2
 
 
 CORE, GPU = Allotment(1, 0.5, 0.0), Allotment(2, 0.5, 0.5)

@@ -5,7 +5,7 @@ function `scacam.jobs.NAME.run(…)` with the same options as keywords. To add a
 `add_arguments` and `run`, and its line here.
 """
 
-__all__ = ["JOBS"]
+__all__ = ["JOBS", "ON_RAY"]
 
 JOBS = {
     "explain": "Explain a collection of images: class activation maps of every network and method.",
@@ -20,3 +20,6 @@ JOBS = {
     "manifest": "Make a manifest, and the table of true boxes, of a data set by its layout.",
 }
 """What each job does, in the order of a first use."""
+
+ON_RAY = ("explain", "evaluate", "faithfulness", "audit", "caw")
+"""Those that do their work in Ray's processes."""

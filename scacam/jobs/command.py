@@ -17,7 +17,7 @@ from typing import Any, Protocol
 from pyarrow import fs
 
 from scacam.errors import ScacamError
-from scacam.jobs import JOBS
+from scacam.jobs import JOBS, ON_RAY
 from scacam.storage import join, locate, write_bytes
 from scacam.version import __version__
 
@@ -48,8 +48,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("job", choices=JOBS, help=argparse.SUPPRESS)
     parser.add_argument("--version", action="version", version=f"scacam {__version__}")
-    arguments = sys.argv[1:] if arguments is None else arguments
-    return run_job(parser.parse_args(arguments[:1]).job, arguments[1:])
+    given = sys.argv[1:] if arguments is None else arguments
+    job = parser.parse_args(given[:1]).job
+    if arguments is None:
+        _start_ahead(job, given)
+    return run_job(job, given[1:])
 
 
 def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
@@ -66,6 +69,8 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
         0 when the job completed; 1 when it did, but not well (`Result.ok`); 2 when it could not
         run or was stopped.
     """
+    if arguments is None:
+        _start_ahead(name, sys.argv)
     atexit.register(gc.freeze)  # else the interpreter looks through all of torch before it ends
     gc.disable()  # what imports make is no garbage, and there is much of it
     job = import_module(f"scacam.jobs.{name}")
@@ -94,6 +99,14 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
         return 2
     print(result)
     return 0 if result.ok else 1
+
+
+def _start_ahead(name: str, arguments: Sequence[str]) -> None:
+    """Let Ray start while the job is imported, in a process that is there for this job alone."""
+    if name in ON_RAY and not {"-h", "--help", "--dry-run"} & set(arguments):
+        from scacam.pipeline.cluster import ray_starting
+
+        ray_starting()
 
 
 def _told(error: BaseException) -> str:

@@ -220,7 +220,8 @@ def run(
     manifest = lifecycle.listed_before(output, asked(options)) or read_manifest(
         input, limit, image_column, label_column, in_tasks
     )
-    wait_for_ray = start_ray if dry_run else ray_starting()
+    if not dry_run:
+        ray_starting()
     loaded = load_networks(networks, target_layer, categories, output_kind, finer_layer, prompts)
     manifest = resolve_labels(manifest, {network.name: network.categories for network in loaded})
     check_networks(options, loaded, manifest)
@@ -236,7 +237,6 @@ def run(
         if record["status"] != "complete":
             images = len(manifest.table)
             del manifest  # of ten million images it takes 1 GB, and the run reads its own copy
-            wait_for_ray()
             record, told = explain_all(options, record, images, loaded)
     counts = record["images"], record["explained"], record["errors"]
     return Result(output, *counts, max_error_rate, [*left_out, *told])
@@ -249,8 +249,9 @@ def explain_all(
     started = time.monotonic()
     for network in networks:
         write_table(*class_weights(options.output, network))
-    gpus = await_nodes(options.gpus)
     costs = [seconds_per_image(network) for network in networks]
+    start_ray()
+    gpus = await_nodes(options.gpus)
     allotments = allot(costs, gpus, record["images"])
     counts = explain(options, record, networks, costs, allotments)
     proof = prove(options.output, record["networks"], images, record["embeddings"])

@@ -52,12 +52,14 @@ _LOOK_S = 2
 _NODE_CPUS_MIN = 2
 _EXCEPTION = re.compile(r"([A-Za-z_][\w.<>]*)(?:: (.*))?")
 _SHARD_ROWS_MAX = 512
+_SPARE = 1.2
+"""Actors for each that its pool's costs ask for: these were measured on a few images."""
 
-TASK_CPUS = 0.45
+TASK_CPUS = 0.4505
 """What a task that decodes or writes reserves: it shares its core with an explaining actor.
 
-As much as such an actor reserves, half a core, and Ray would run decoding inside of it. Less, and
-so many processes start that they cost more than they do.
+No actor reserves as much, for these reserve whole thousandths: Ray would run decoding inside of it.
+Less, and so many processes start that they cost more than they do.
 """
 
 _KEPT = 1 << 30
@@ -79,6 +81,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 
 logger = logging.getLogger("scacam")
 
+_started: Future[None] | None = None
+
 
 class Allotment(NamedTuple):
     """What a network's pool gets: so many actors, each with so many CPUs and GPUs."""
@@ -94,8 +98,33 @@ def start_ray() -> None:
     Ray's own search for a cluster is left out: it also finds one inside another job of this
     machine, which ends with that job.
     """
-    if ray.is_initialized():
-        return
+    ray_starting()()
+
+
+def ray_starting() -> Callable[[], object]:
+    """Do what `start_ray` does beside something else: what is returned waits for its end.
+
+    It takes seconds, and most of them go by in other processes.
+    """
+    global _started
+    if _started is None or (_started.done() and not ray.is_initialized()):
+        _started = Future()
+        threading.Thread(target=_start, args=(_started,), daemon=True).start()
+    return _started.result
+
+
+def _start(started: Future[None]) -> None:
+    try:
+        if not ray.is_initialized():
+            _init()
+    except BaseException as error:
+        started.set_exception(error)
+    else:
+        started.set_result(None)
+        threading.Event().wait()  # Ray's processes end with the thread that started them
+
+
+def _init() -> None:
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     quiet: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     if os.environ.get("RAY_ADDRESS"):
@@ -107,26 +136,6 @@ def start_ray() -> None:
         cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
-
-
-def ray_starting() -> Callable[[], None]:
-    """Start Ray while the job does something else: what is returned waits until it has started.
-
-    It takes seconds, and most of them go by in other processes.
-    """
-    started: Future[None] = Future()
-
-    def start() -> None:
-        try:
-            start_ray()
-        except BaseException as error:
-            started.set_exception(error)
-        else:
-            started.set_result(None)
-            threading.Event().wait()  # Ray's processes end with the thread that started them
-
-    threading.Thread(target=start, daemon=True).start()
-    return started.result
 
 
 def await_nodes(gpus: int | None) -> int:
@@ -191,9 +200,10 @@ def allot(costs: Sequence[float], gpus: int, images: int) -> list[Allotment]:
 
     The slowest pool sets the pace of all, so a network that costs more gets more actors. On a GPU
     there are two actors, or more where networks outnumber them: while one packs its heatmaps, the
-    other computes. Without GPUs, there are as many actors as cores, each with one thread, and half
-    of the logical CPUs are left to the tasks that decode and write. In a small run there are fewer:
-    each further actor is worth what it takes to start.
+    other computes. Without GPUs, an actor has one thread, and all of them share the cores: each
+    pool has so many that it does not hold up the others, and half of the logical CPUs are left to
+    the tasks that decode and write. In a small run there are fewer: each further actor is worth
+    what it takes to start.
 
     Args:
         costs: seconds that an image takes each network on one core.
@@ -207,7 +217,8 @@ def allot(costs: Sequence[float], gpus: int, images: int) -> list[Allotment]:
         sizes = list(map(min, divide(gpus * per_gpu, costs), busy))
         return [Allotment(actors, share, share) for actors in sizes]
     cpus = cores()
-    sizes = list(map(min, divide(cpus, costs), busy))
+    needed = [math.ceil(_SPARE * cpus * cost / sum(costs)) for cost in costs]
+    sizes = [min(cpus, *sizes) for sizes in zip(needed, busy, strict=True)]
     num_cpus = min(0.5, _share(cpus, 2 * sum(sizes)))
     return [Allotment(actors, num_cpus, 0.0) for actors in sizes]
 
