@@ -208,6 +208,16 @@ def test_actors_that_share_gpus_all_find_a_place(gpus, costs, actors, share):
     assert sum(actors) <= gpus * int(1 / share)
 
 
+@pytest.mark.parametrize(("gpus", "networks"), [(1, 1), (1, 3), (2, 3), (3, 1), (8, 2)])
+def test_actors_that_decode_on_gpus_find_a_place_beside_the_others(gpus, networks):
+    """Whichever GPU each gets: all shares are alike, and so many go into one."""
+    allotments = allot([1.0] * networks, gpus, images=100_000, gpu_decode=True)
+    assert len(allotments) == networks + 1
+    assert allotments[-1].actors == 2 * gpus
+    (share,) = {allotment.num_gpus for allotment in allotments}
+    assert sum(allotment.actors for allotment in allotments) <= gpus * int(1 / share)
+
+
 @pytest.mark.parametrize(
     ("images", "actors"), [(20, [1, 1]), (500, [2, 1]), (1_000, [4, 2]), (10_000, [6, 2])]
 )

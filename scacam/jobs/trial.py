@@ -203,7 +203,7 @@ def estimated(task: Task) -> Estimate:
     output = 0
     for network, arguments in zip(task.networks, pools, strict=True):
         stage = Try(**arguments, load=partial(lambda network: network, network))
-        batch, trying[network.name] = timed(stage, batch)
+        batch, trying[f"try {network.name}"] = timed(stage, batch)
         output += batch[images_folder(network.name)].nbytes
     good = batch["error"].null_count
     if not good:
@@ -220,5 +220,4 @@ def estimated(task: Task) -> Estimate:
         sampled=len(rows),
         cores=os.cpu_count() or 1,
         gpus=gpus,
-        verb="try",
     )

@@ -47,6 +47,8 @@ _BLOCK_MIN_S = 0.5
 _CORES_PER_GPU = 10
 """What any GPU is worth at least: the costs are measured on a core, where there may be no GPU."""
 _EMBEDDED_CPUS_MIN = 4
+_GPU_DECODE_S = 0.001
+"""About what an image takes an actor that decodes on a GPU, with reading it."""
 _JOINING_S = 15 * 60
 _LOOK_S = 2
 _NODE_CPUS_MIN = 2
@@ -186,7 +188,9 @@ def _lacking(gpus: int | None) -> str | None:
     return None
 
 
-def allot(costs: Sequence[float], gpus: int, images: int) -> list[Allotment]:
+def allot(
+    costs: Sequence[float], gpus: int, images: int, gpu_decode: bool = False
+) -> list[Allotment]:
     """Divide the cluster among the pools of a chain, which all hold their actors at once.
 
     The slowest pool sets the pace of all, so a network that costs more gets more actors. On a GPU
@@ -199,12 +203,17 @@ def allot(costs: Sequence[float], gpus: int, images: int) -> list[Allotment]:
         costs: seconds that an image takes each network on one core.
         gpus: how many of the cluster's GPUs to use.
         images: how many there are.
+        gpu_decode: whether GPUs decode as well. Their pool comes last then, and has two actors to a
+            GPU too: while one reads, the other decodes. All shares are alike, so that there is a
+            place for each in whatever order they come; which GPU that is on, is left to Ray.
     """
     busy = [1 + int(images * cost / _ACTOR_S) for cost in costs]
     if gpus:
         per_gpu = max(_ACTORS_PER_GPU, math.ceil(len(costs) / gpus))
-        share = _share(1, per_gpu)
+        share = _share(1, per_gpu + _ACTORS_PER_GPU * gpu_decode)
         sizes = list(map(min, divide(gpus * per_gpu, costs), busy))
+        if gpu_decode:
+            sizes.append(min(gpus * _ACTORS_PER_GPU, 1 + int(images * _GPU_DECODE_S / _ACTOR_S)))
         return [Allotment(actors, share, share) for actors in sizes]
     cpus = cores()
     sizes = list(map(min, divide(cpus, costs), busy))
