@@ -31,7 +31,7 @@ from ray.data.datasource import BlockBasedFileDatasink
 from ray.data.datasource.file_datasink import _FileDatasink
 
 from scacam.jobs.explain import add_arguments
-from scacam.pipeline.cluster import Allotment, allot, divide, rows_per_shard
+from scacam.pipeline.allotments import Allotment, allot, divide, rows_per_shard
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -208,18 +208,28 @@ def test_actors_that_share_gpus_all_find_a_place(gpus, costs, actors, share):
     assert sum(actors) <= gpus * int(1 / share)
 
 
+@pytest.mark.parametrize(("gpus", "networks"), [(1, 1), (1, 3), (2, 3), (3, 1), (8, 2)])
+def test_actors_that_decode_on_gpus_find_a_place_beside_the_others(gpus, networks):
+    """Whichever GPU each gets: all shares are alike, and so many go into one."""
+    allotments = allot([1.0] * networks, gpus, images=100_000, gpu_decode=True)
+    assert len(allotments) == networks + 1
+    assert allotments[-1].actors == 2 * gpus
+    (share,) = {allotment.num_gpus for allotment in allotments}
+    assert sum(allotment.actors for allotment in allotments) <= gpus * int(1 / share)
+
+
 @pytest.mark.parametrize(
     ("images", "actors"), [(20, [1, 1]), (500, [2, 1]), (1_000, [4, 2]), (10_000, [8, 3])]
 )
 def test_an_actor_that_would_have_little_to_do_is_not_started(monkeypatch, images, actors):
-    monkeypatch.setattr("scacam.pipeline.cluster.cores", lambda: 8)
+    monkeypatch.setattr("scacam.pipeline.allotments.cores", lambda: 8)
     assert [allotment.actors for allotment in allot([0.018, 0.006], 0, images)] == actors
 
 
 @pytest.mark.parametrize("costs", [[1.0], [1.0, 1.0], [19.0, 35.0, 12.0], [1.0, 1.0, 40.0]])
 @pytest.mark.parametrize("cpus", [2, 5, 64])
 def test_no_pool_holds_up_cores_that_are_shared(monkeypatch, cpus, costs):
-    monkeypatch.setattr("scacam.pipeline.cluster.cores", lambda: cpus)
+    monkeypatch.setattr("scacam.pipeline.allotments.cores", lambda: cpus)
     allotments = allot([cost / 1000 for cost in costs], 0, images=10**7)
     actors = [allotment.actors for allotment in allotments]
     shared = cpus / sum(costs)  # images that all cores come to, were they never idle

@@ -6,6 +6,7 @@ from functools import partial
 import pytest
 import ray
 
+from scacam.jobs import explain
 from scacam.jobs.command import run_job
 from scacam.jobs.estimate import Estimate
 
@@ -15,7 +16,7 @@ TEN_MILLION = Estimate(
     input_bytes=5e11,
     output_bytes=1.2e10,
     feeding={"decode": 0.003, "localize": 0.001},
-    explaining={"a": 0.001, "b": 0.001},
+    explaining={"explain a": 0.001, "explain b": 0.001},
     sampled=256,
     cores=8,
     gpus=0,
@@ -45,6 +46,35 @@ def test_with_gpus_the_slower_side_sets_the_pace():
     starved = TEN_MILLION._replace(gpus=4, cores=6)
     assert starved.hours == pytest.approx(10_000_000 * 0.004 / 6 / 3600)
     assert "warning: 6 cores cannot feed 4 GPUs, which will be 75% busy" in starved.told(None)
+
+
+def test_what_gpus_decode_is_no_work_of_the_cores():
+    # A GPU decodes and explains an image in 2.5 ms, and a core localizes it in 1.
+    spared = TEN_MILLION._replace(
+        gpus=4,
+        feeding={"localize": 0.001},
+        explaining={"decode on the GPU": 0.0005, "explain a": 0.001, "explain b": 0.001},
+    )
+    assert spared.hours == pytest.approx(10_000_000 * 0.0025 / 4 / 3600)
+    told = spared.told(None)
+    assert "localize 1.0, decode on the GPU 0.5, explain a 1.0, explain b 1.0" in told
+    assert "one explains 400 images/s and needs 0.4 cores" in told
+
+
+def test_a_dry_run_times_the_decoding_of_gpus_as_theirs(tmp_path, photo_folder, monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)  # which does what a CPU does
+    options = {"networks": ["tests.tiny_networks:colours"], "dry_run": True, "gpu_decode": True}
+    told = str(explain.run(input=str(photo_folder(4)), output=f"{tmp_path}/out", **options))
+    stages = (
+        r"image: localize [\d.]+, decode on the GPU [\d.]+, explain tests.tiny_networks:colours"
+    )
+    assert re.search(stages, told)
+
+
+def test_a_dry_run_times_no_gpu_that_is_not_there(tmp_path, photo_folder, capsys):
+    options = ["--networks", "tests.tiny_networks:colours", "--dry-run", "--gpu-decode"]
+    assert main(["--input", str(photo_folder(1)), "--output", f"{tmp_path}/out", *options]) == 2
+    assert "--gpu-decode needs a GPU, and this machine has none" in capsys.readouterr().err
 
 
 def test_a_dry_run_starts_nothing(tmp_path, photo_folder, capsys):

@@ -292,6 +292,13 @@ def test_compiled_networks_give_the_same_maps(tmp_path, photo_folder, capsys):
     assert np.abs(maps[1] - maps[0]).max() < 2**-10 * np.abs(maps[0]).max()
 
 
+def test_gpus_that_are_not_there_decode_nothing(tmp_path, photo_folder, capsys):
+    """And nothing is begun that could then be continued with GPUs alone."""
+    assert run(photo_folder(1), tmp_path / "out", "--gpu-decode") == 2
+    assert "--gpu-decode needs a GPU, and there is none here; leave it" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "run.json").exists()
+
+
 def test_failed_images_are_tried_again(tmp_path, photo):
     folder = tmp_path / "images"
     folder.mkdir()

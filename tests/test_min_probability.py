@@ -40,6 +40,7 @@ def _explained(
         view="center_crop",
         bfloat16=False,
         compile=False,
+        gpu_decode=False,
         batch_size=16,
     )
     decode, (arguments,), localize = stages(options, [network], None)

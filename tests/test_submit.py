@@ -80,7 +80,7 @@ def job_server() -> Iterator[str]:
 def test_a_submitted_job(job_server, photo_folder, tmp_path):
     command = [str(Path(sys.executable).parent / "ray"), "job", "submit", "--working-dir", "."]
     command += ["--", sys.executable, "jobs/explain.py", "--input", str(photo_folder(10))]
-    command += ["--output", str(tmp_path / "out"), "--gpus", "2", "--networks"]
+    command += ["--output", str(tmp_path / "out"), "--gpus", "2", "--gpu-decode", "--networks"]
     command += [f"{name}={weights}" for name, weights in NETWORKS.items()]
     environment = {**os.environ, "RAY_ADDRESS": job_server, "RAY_AUTH_MODE": "disabled"}
     environment.pop("PYTHONPATH", None)

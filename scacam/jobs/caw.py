@@ -33,15 +33,8 @@ from scacam.jobs.options import (
     seconds_per_image,
 )
 from scacam.methods.caw import Weights, verdict
-from scacam.pipeline.cluster import (
-    TASK_CPUS,
-    allot,
-    await_nodes,
-    root_cause,
-    rows_per_shard,
-    share,
-    start_ray,
-)
+from scacam.pipeline.allotments import allot, rows_per_shard
+from scacam.pipeline.cluster import TASK_CPUS, await_nodes, root_cause, share, start_ray
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.stages.decode import Decode
 from scacam.pipeline.stages.holder import Holder

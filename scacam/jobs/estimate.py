@@ -4,7 +4,8 @@ import io
 import os
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,12 +17,12 @@ from scacam.errors import RunError
 from scacam.inputs.containers import read_image
 from scacam.networks import Network
 from scacam.pipeline.cluster import keep_freed_memory
-from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.decode import Decode, DecodeOnGpu
 from scacam.pipeline.stages.explain import Explain
 from scacam.pipeline.stages.localize import Localize
 from scacam.tables import SHARDED, unfolded
 
-__all__ = ["Estimate", "estimate", "timed"]
+__all__ = ["Estimate", "Plan", "estimate", "timed"]
 
 _SAMPLE_ON_CPU, _SAMPLE_ON_GPU = 16, 256
 
@@ -33,11 +34,10 @@ class Estimate(NamedTuple):
         images: how many there are.
         failed: the share of the sample that could not be explained.
         input_bytes, output_bytes: of all images.
-        feeding: seconds of a core per image, by stage beside the networks.
-        explaining: seconds per image, by network; of a GPU where there is one, else of a core.
+        feeding: by stage, seconds of a core per image, also where there are GPUs.
+        explaining: by stage, seconds per image of a GPU where there is one, else of a core.
         sampled: how many images were timed.
         cores, gpus: of this machine.
-        verb: what networks do with images.
     """
 
     images: int
@@ -49,16 +49,15 @@ class Estimate(NamedTuple):
     sampled: int
     cores: int
     gpus: int
-    verb: str = "explain"
 
     @property
     def fed(self) -> float:
-        """Seconds of a core per image, beside the networks."""
+        """Seconds of a core per image, beside what a GPU would do."""
         return sum(self.feeding.values())
 
     @property
     def explained(self) -> float:
-        """Seconds of a core or GPU per image, for all networks."""
+        """Seconds of a core or GPU per image, for all that a GPU would do."""
         return sum(self.explaining.values())
 
     @property
@@ -70,7 +69,7 @@ class Estimate(NamedTuple):
     def told(self, price_per_hour: float | None) -> str:
         """In words, with the cost if the price of this machine per hour is known."""
         machine = f"{self.cores} cores" + (f" and {self.gpus} GPUs" if self.gpus else "")
-        stages = self.feeding | {f"{self.verb} {name}": t for name, t in self.explaining.items()}
+        stages = self.feeding | self.explaining
         lines = [
             f"images: {self.images:,}, about {_bytes(self.input_bytes)} to read",
             f"output: about {_bytes(self.output_bytes)}, "
@@ -103,6 +102,26 @@ class Estimate(NamedTuple):
         return "\n".join([*lines, f"(from a timed sample of {self.sampled} images)"])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What a run would take.
+
+    Attributes:
+        networks: their names.
+        estimate: from a timed sample.
+        price_per_hour: of this machine, if it is known.
+    """
+
+    networks: Sequence[str]
+    estimate: Estimate
+    price_per_hour: float | None
+    ok: ClassVar[bool] = True
+
+    def __str__(self) -> str:
+        names = ", ".join(self.networks)
+        return f"networks: {names}\n{self.estimate.told(self.price_per_hour)}"
+
+
 def estimate(
     manifest: pa.Table,
     networks: Sequence[Network],
@@ -120,7 +139,8 @@ def estimate(
         localize: the last stage.
 
     Raises:
-        RunError: none of the sampled images can be explained.
+        RunError: none of the sampled images can be explained, or a GPU is to decode them and this
+            machine has none.
     """
     keep_freed_memory()  # as the workers do
     gpus = torch.cuda.device_count()
@@ -130,11 +150,20 @@ def estimate(
     feeding: dict[str, float] = {}
     explaining: dict[str, float] = {}
 
-    batch, feeding["decode"] = timed(decode, batch)
+    if isinstance(decode, DecodeOnGpu):
+        if not gpus:
+            raise RunError(
+                "--gpu-decode needs a GPU, and this machine has none; leave it out, or plan on a "
+                "machine that has one"
+            )
+        decode(batch)  # the first pass starts nvJPEG
+        batch, explaining["decode on the GPU"] = timed(decode, batch)
+    else:
+        batch, feeding["decode"] = timed(decode, batch)
     for network, arguments in zip(networks, explain, strict=True):
         stage = Explain(**arguments)
         stage(batch)  # the first pass pays for allocations
-        batch, explaining[network.name] = timed(stage, batch)
+        batch, explaining[f"explain {network.name}"] = timed(stage, batch)
     batch, feeding["localize"] = timed(localize, batch)
     good = batch.filter(pc.is_null(batch["error"]))
     if not len(good):

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import partial
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 from scacam.errors import RunError
 from scacam.images import VIEWS, ViewName
@@ -23,7 +23,7 @@ from scacam.inputs.manifest import (
     refuse_unknown_labels,
     resolve_labels,
 )
-from scacam.jobs.estimate import Estimate, estimate
+from scacam.jobs.estimate import Plan, estimate
 from scacam.jobs.options import (
     add_input_options,
     add_network_options,
@@ -34,7 +34,8 @@ from scacam.jobs.options import (
 )
 from scacam.methods import DEFAULT_METHODS, METHODS
 from scacam.networks import Network
-from scacam.pipeline.cluster import allot, await_nodes, ray_starting, start_ray
+from scacam.pipeline.allotments import allot
+from scacam.pipeline.cluster import await_nodes, ray_starting, start_ray
 from scacam.pipeline.stream import explain, speed, stages
 from scacam.pipeline.tasks import in_tasks
 from scacam.runs import lifecycle
@@ -94,6 +95,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="compile the networks first (torch.compile), in every process: it takes a minute or "
         "more, so for long runs",
+    )
+    parser.add_argument(
+        "--gpu-decode",
+        action="store_true",
+        help="decode plain JPEGs on the GPUs as well (nvJPEG), where the cores cannot feed them; "
+        "pixels differ a little from those of the cores",
     )
     parser.add_argument("--batch-size", type=int, metavar="N", help="images per forward pass")
     parser.add_argument(
@@ -156,26 +163,6 @@ class Result:
         return "\n".join([*lines, *self.told, f"results: {self.output}"])
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What a run would take.
-
-    Attributes:
-        networks: their names.
-        estimate: from a timed sample.
-        price_per_hour: of this machine, if it is known.
-    """
-
-    networks: Sequence[str]
-    estimate: Estimate
-    price_per_hour: float | None
-    ok: ClassVar[bool] = True
-
-    def __str__(self) -> str:
-        names = ", ".join(self.networks)
-        return f"networks: {names}\n{self.estimate.told(self.price_per_hour)}"
-
-
 def run(
     *,
     input: str,
@@ -194,6 +181,7 @@ def run(
     view: ViewName = "center_crop",
     bfloat16: bool = False,
     compile: bool = False,
+    gpu_decode: bool = False,
     batch_size: int | None = None,
     image_column: str | None = None,
     label_column: str | None = None,
@@ -227,6 +215,14 @@ def run(
     check_networks(options, loaded, manifest)
     if dry_run:
         return plan(options, manifest, loaded)
+    if gpu_decode:  # before the output is begun, which would then ask for GPUs again
+        start_ray()
+        options.gpus = await_nodes(gpus)
+        if not options.gpus:
+            raise RunError(
+                "--gpu-decode needs a GPU, and there is none here; leave it out, or on a cluster "
+                "that is still growing wait for N of them with --gpus N"
+            )
     wanted = describe(options, manifest, loaded)
     left_out = [manifest.left_out()] if manifest.ignored else []
     with locked(output):
@@ -252,8 +248,9 @@ def explain_all(
     costs = [seconds_per_image(network) for network in networks]
     start_ray()
     gpus = await_nodes(options.gpus)
-    allotments = allot(costs, gpus, record["images"])
-    counts = explain(options, record, networks, costs, allotments)
+    allotments = allot(costs, gpus, record["images"], options.gpu_decode)
+    decoding = allotments.pop() if options.gpu_decode else None
+    counts = explain(options, record, networks, costs, allotments, decoding)
     proof = prove(options.output, record["networks"], images, record["embeddings"])
     seconds = time.monotonic() - started
     record |= {
@@ -264,7 +261,7 @@ def explain_all(
         "errors": dict(proof.errors.most_common()),
     }
     complete(options.output, record, proof)
-    return record, speed(counts, networks, allotments)
+    return record, speed(counts, networks, allotments, decoding)
 
 
 def check(options: SimpleNamespace) -> None:
@@ -332,6 +329,7 @@ def describe(
         "view": options.view,
         "bfloat16": options.bfloat16,
         "compile": options.compile,
+        "gpu_decode": options.gpu_decode,
     }
 
 

@@ -16,7 +16,8 @@ from scacam.jobs.estimate import Estimate, timed
 from scacam.jobs.options import seconds_per_image
 from scacam.methods import METHODS as CAMS
 from scacam.networks import Network, load_network
-from scacam.pipeline.cluster import allot, await_nodes, keep_freed_memory, start_ray
+from scacam.pipeline.allotments import allot
+from scacam.pipeline.cluster import await_nodes, keep_freed_memory, start_ray
 from scacam.pipeline.faithfulness import stages, try_all
 from scacam.pipeline.stages.trial import Try
 from scacam.runs.describe import describe_run
@@ -203,7 +204,7 @@ def estimated(task: Task) -> Estimate:
     output = 0
     for network, arguments in zip(task.networks, pools, strict=True):
         stage = Try(**arguments, load=partial(lambda network: network, network))
-        batch, trying[network.name] = timed(stage, batch)
+        batch, trying[f"try {network.name}"] = timed(stage, batch)
         output += batch[images_folder(network.name)].nbytes
     good = batch["error"].null_count
     if not good:
@@ -220,5 +221,4 @@ def estimated(task: Task) -> Estimate:
         sampled=len(rows),
         cores=os.cpu_count() or 1,
         gpus=gpus,
-        verb="try",
     )

@@ -3,15 +3,14 @@
 import ctypes
 import itertools
 import logging
-import math
 import os
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.exceptions
@@ -25,35 +24,20 @@ if TYPE_CHECKING:
 __all__ = [
     "ENVIRONMENT",
     "TASK_CPUS",
-    "Allotment",
-    "allot",
     "await_nodes",
     "cores",
-    "divide",
     "keep_freed_memory",
     "ray_starting",
     "root_cause",
-    "rows_per_shard",
     "share",
     "start_ray",
 ]
 
-_ACTOR_S = 5
-"""What it takes a core to start an actor: torch is loaded, and the network."""
-_ACTORS_PER_GPU = 2
-_BLOCK_BYTES = 64_000_000
-_BLOCK_S = 60
-_BLOCK_MIN_S = 0.5
-_CORES_PER_GPU = 10
-"""What any GPU is worth at least: the costs are measured on a core, where there may be no GPU."""
 _EMBEDDED_CPUS_MIN = 4
 _JOINING_S = 15 * 60
 _LOOK_S = 2
 _NODE_CPUS_MIN = 2
 _EXCEPTION = re.compile(r"([A-Za-z_][\w.<>]*)(?:: (.*))?")
-_SHARD_ROWS_MAX = 512
-_SPARE = 1.2
-"""Actors for each that its pool's costs ask for: these were measured on a few images."""
 
 TASK_CPUS = 0.4505
 """What a task that decodes or writes reserves: it shares its core with an explaining actor.
@@ -82,14 +66,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4  # of malloc.h
 logger = logging.getLogger("scacam")
 
 _started: Future[None] | None = None
-
-
-class Allotment(NamedTuple):
-    """What a network's pool gets: so many actors, each with so many CPUs and GPUs."""
-
-    actors: int
-    num_cpus: float
-    num_gpus: float
 
 
 def start_ray() -> None:
@@ -195,79 +171,12 @@ def _lacking(gpus: int | None) -> str | None:
     return None
 
 
-def allot(costs: Sequence[float], gpus: int, images: int) -> list[Allotment]:
-    """Divide the cluster among the pools of a chain, which all hold their actors at once.
-
-    The slowest pool sets the pace of all, so a network that costs more gets more actors. On a GPU
-    there are two actors, or more where networks outnumber them: while one packs its heatmaps, the
-    other computes. Without GPUs, an actor has one thread, and all of them share the cores: each
-    pool has so many that it does not hold up the others, and half of the logical CPUs are left to
-    the tasks that decode and write. In a small run there are fewer: each further actor is worth
-    what it takes to start.
-
-    Args:
-        costs: seconds that an image takes each network on one core.
-        gpus: how many of the cluster's GPUs to use.
-        images: how many there are.
-    """
-    busy = [1 + int(images * cost / _ACTOR_S) for cost in costs]
-    if gpus:
-        per_gpu = max(_ACTORS_PER_GPU, math.ceil(len(costs) / gpus))
-        share = _share(1, per_gpu)
-        sizes = list(map(min, divide(gpus * per_gpu, costs), busy))
-        return [Allotment(actors, share, share) for actors in sizes]
-    cpus = cores()
-    needed = [math.ceil(_SPARE * cpus * cost / sum(costs)) for cost in costs]
-    sizes = [min(cpus, *sizes) for sizes in zip(needed, busy, strict=True)]
-    num_cpus = min(0.5, _share(cpus, 2 * sum(sizes)))
-    return [Allotment(actors, num_cpus, 0.0) for actors in sizes]
-
-
-def divide(workers: int, costs: Sequence[float]) -> list[int]:
-    """So many workers among pools of these costs, at least one each: the fastest chain there is."""
-    sizes = [1] * len(costs)
-    for _ in range(workers - len(costs)):
-        slowest = max(range(len(costs)), key=lambda pool: costs[pool] / sizes[pool])
-        sizes[slowest] += 1
-    return sizes
-
-
 def cores() -> int:
     """The cores of the cluster."""
     cpus = int(ray.cluster_resources().get("CPU", 1))
     # An embedded Ray may have been given more logical CPUs than there are cores.
     nodes = ray.nodes()
     return min(cpus, os.cpu_count() or 1) if len(nodes) == 1 else cpus
-
-
-def _share(whole: float, parts: int) -> float:
-    return math.floor(1000 * whole / parts) / 1000
-
-
-def rows_per_shard(
-    images: int, image_bytes: int, costs: Sequence[float], allotments: Sequence[Allotment]
-) -> int:
-    """Images per shard, and per block on its way there.
-
-    Four shards per actor in a small run, if each is half a second of work: for less it does not
-    pay that another process starts. In a large one a bounded number, of 64 MB and a minute of
-    work at most: so many blocks fit into the memory beside one another, no lost one costs much, and
-    none takes as long as the watchdog waits for a sign of life.
-
-    Args:
-        images: how many there are.
-        image_bytes: of one image, as it travels through the stages.
-        costs: seconds that an image takes each network on one core.
-        allotments: what each network gets.
-    """
-    actors = max(allotment.actors for allotment in allotments)
-    seconds = max(
-        cost / (_CORES_PER_GPU if allotment.num_gpus else 1)
-        for cost, allotment in zip(costs, allotments, strict=True)
-    )
-    bounds = _SHARD_ROWS_MAX, _BLOCK_BYTES // image_bytes, int(_BLOCK_S / seconds)
-    wanted = max(math.ceil(images / (4 * actors)), int(_BLOCK_MIN_S / seconds))
-    return max(1, min(images, wanted, *bounds))
 
 
 def share(network: "Network") -> "Callable[[], Network]":

@@ -7,8 +7,9 @@ import pyarrow as pa
 import ray.data
 
 from scacam.images import ViewName
+from scacam.pipeline.allotments import Allotment, rows_per_shard
 from scacam.pipeline.checkpoint import Checkpoint, checkpoint, images_of
-from scacam.pipeline.cluster import TASK_CPUS, Allotment, rows_per_shard, share
+from scacam.pipeline.cluster import TASK_CPUS, share
 from scacam.pipeline.progress import Counts, start_tally
 from scacam.pipeline.sink import ShardSink
 from scacam.pipeline.stages.decode import Decode

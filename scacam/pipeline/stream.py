@@ -11,18 +11,12 @@ from ray.data.checkpoint import CheckpointConfig
 
 from scacam.errors import RunError
 from scacam.methods import METHODS
+from scacam.pipeline.allotments import Allotment, rows_per_shard
 from scacam.pipeline.checkpoint import checkpoint, images_of
-from scacam.pipeline.cluster import (
-    TASK_CPUS,
-    Allotment,
-    cores,
-    root_cause,
-    rows_per_shard,
-    share,
-)
+from scacam.pipeline.cluster import TASK_CPUS, cores, root_cause, share
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.sink import ShardSink
-from scacam.pipeline.stages.decode import Decode
+from scacam.pipeline.stages.decode import Decode, DecodeOnGpu
 from scacam.pipeline.stages.explain import Explain
 from scacam.pipeline.stages.localize import Localize, Speaker
 from scacam.pipeline.stages.rows import bytes_per_image, sampling_of
@@ -76,7 +70,8 @@ def stages(
     rectified = [name for name, method in METHODS.items() if method.relu]
     kept = options.explain_label, options.min_probability or 0.0
     localize = Localize(speakers, rectified, *kept, tally)
-    return Decode(samplings, options.view, tally), pools, localize
+    decode = (DecodeOnGpu if options.gpu_decode else Decode)(samplings, options.view, tally)
+    return decode, pools, localize
 
 
 def prepare(checkpoint: CheckpointConfig) -> None:
@@ -95,11 +90,13 @@ def explain(
     networks: Sequence["Network"],
     costs: Sequence[float],
     allotments: Sequence[Allotment],
+    decoding: Allotment | None,
 ) -> Counts:
     """Stream the images that are not done yet through the networks into the shards.
 
     The pools are chained, and the pixels travel along until their last use: so each image is read
-    and decoded once, and nothing waits for the whole collection.
+    and decoded once, and nothing waits for the whole collection. Decoding has a pool as well where
+    it is done on GPUs, and otherwise tasks.
     """
     output = absolute(options.output)
     tally = start_tally()
@@ -110,7 +107,20 @@ def explain(
 
     prepare(checkpoint(output))
     stream = images_of(output, TASK_CPUS, record["images"], rows)
-    stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
+    if decoding is None:
+        stream = stream.map_batches(
+            decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
+        )
+    else:
+        stream = stream.map_batches(
+            type(decode),
+            fn_constructor_args=(decode.samplings, decode.view, decode.tally),
+            compute=ray.data.ActorPoolStrategy(size=min(decoding.actors, blocks)),
+            batch_size=rows,
+            batch_format="pyarrow",
+            num_cpus=decoding.num_cpus,
+            num_gpus=decoding.num_gpus,
+        )
     for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
         stream = stream.map_batches(
             Explain,
@@ -154,22 +164,21 @@ def write(stream: ray.data.Dataset, sink: ShardSink, tally: Any, images: int) ->
     return ray.get(tally.get.remote())
 
 
-def _capacities(networks: Sequence["Network"], allotments: Sequence[Allotment]) -> dict[str, int]:
-    """By stage, the processes or cores that it had."""
-    pools = {
-        f"explain {network.name}": allotment.actors
-        for network, allotment in zip(networks, allotments, strict=True)
-    }
-    return {"decode": cores(), **pools, "localize": cores(), "write": cores()}
-
-
 def speed(
-    counts: Counts, networks: Sequence["Network"], allotments: Sequence[Allotment]
+    counts: Counts,
+    networks: Sequence["Network"],
+    allotments: Sequence[Allotment],
+    decoding: Allotment | None,
 ) -> list[str]:
     """How fast it went and what held it up, in words."""
     if not counts.written:
         return []
-    busy = shares(counts, _capacities(networks, allotments))
+    pools = {
+        f"explain {network.name}": allotment.actors
+        for network, allotment in zip(networks, allotments, strict=True)
+    }
+    decoders = cores() if decoding is None else decoding.actors
+    busy = shares(counts, {"decode": decoders, **pools, "localize": cores(), "write": cores()})
     slowest = max(busy, key=lambda stage: busy[stage])
     return [
         f"{counts.written:,} now, in {counts.wall:,.0f} s: "

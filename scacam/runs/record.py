@@ -23,12 +23,13 @@ _FINGERPRINT = (
     "view",
     "bfloat16",
     "compile",
+    "gpu_decode",
     "box_threshold",
     "metrics",
     "steps",
 )
 
-_OLD_RUN = {"compile": False}
+_OLD_RUN = {"compile": False, "gpu_decode": False}
 _OLD_NETWORK = {"output_kind": "softmax"}
 """How runs from before this was written treated every network."""
 

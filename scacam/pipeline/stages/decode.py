@@ -1,26 +1,38 @@
 """The first stage: reads and decodes each image once, resamples it once per distinct sampling."""
 
+import io
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
 from multiprocessing import get_context
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
+from PIL import Image
 
 from scacam.errors import ImageError, RunError
-from scacam.images import Preprocessing, ViewName, see
+from scacam.images import Preprocessing, Seen, ViewName, see
+from scacam.images.jpegs import PlainJpeg, plain_jpeg, see_together
 from scacam.inputs.containers import Place, read_together, together
 from scacam.pipeline.progress import taken_up
+from scacam.pipeline.stages.holder import leave_lost_gpu
 from scacam.pipeline.stages.rows import Failure, set_failures
 from scacam.storage import PATIENCE_S, is_transient, read_ahead, read_bytes
 
-__all__ = ["Decode"]
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Decode", "DecodeOnGpu"]
+
+_TOGETHER = 128
+_PIXELS_TOGETHER = 1 << 26
+"""Of JPEGs that a GPU decodes at once, with 3 bytes for each: little of what a GPU has."""
 
 
 @dataclass(frozen=True)
@@ -40,9 +52,9 @@ class Decode:
         if not len(batch):
             return batch
         with taken_up(self.tally, "decode", batch) as attempts:
-            return self._decoded(batch, _isolated if attempts else _here)
+            return self._decoded(batch, died=bool(attempts))
 
-    def _decoded(self, batch: pa.Table, place: "Callable[..., Any]") -> pa.Table:
+    def _decoded(self, batch: pa.Table, died: bool) -> pa.Table:
         count = len(batch)
         sizes = np.zeros((count, 2), dtype=np.int32)
         views = [np.zeros((count, 4), dtype=np.float32) for _ in self.samplings]
@@ -51,16 +63,11 @@ class Decode:
             for sampling in self.samplings
         ]
         failures: dict[int, Failure] = {}
-        reader = _Reader()
-        columns = [batch[name].to_pylist() for name in Place._fields]
-        groups = together(map(Place, *columns))
-        with place() as run:
-            for row, content in enumerate(chain.from_iterable(read_ahead(reader.read, groups))):
-                if isinstance(content, ImageError):
-                    failures[row] = Failure("read", content.kind, str(content))
-                    continue
+        files = _read(batch, failures)
+        with _isolated() if died else _here() as run:
+            for row, data, before in Decode._seen(self, files) if died else self._seen(files):
                 try:
-                    sizes[row], seen = run(see, content, self.samplings, self.view)
+                    sizes[row], seen = before or run(see, data, self.samplings, self.view)
                     for index, (view, sample) in enumerate(seen):
                         views[index][row] = view
                         samples[index][row] = sample
@@ -74,6 +81,99 @@ class Decode:
             found[f"view {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(view)
             found[f"pixels {index}"] = pa.FixedShapeTensorArray.from_numpy_ndarray(sample)
         return set_failures(pa.table(found), failures)
+
+    def _seen(self, files: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes, Seen | None]]:
+        """Rows with their bytes, and what is seen already of those for which `see` is spared."""
+        for row, data in files:
+            yield row, data, None
+
+
+class DecodeOnGpu(Decode):
+    """The same, but that plain JPEGs are decoded and resampled many at a time, on the actor's GPU.
+
+    What is none, and what the GPU refuses, is decoded as it is without one, and so is a block that
+    a process died of. An actor without a GPU decodes them in the same way on the CPU.
+    """
+
+    @cached_property
+    def device(self) -> "torch.device":
+        """Where JPEGs are decoded. Raises RunError if this torchvision decodes none there."""
+        import torch
+
+        if not torch.cuda.is_available():
+            torch.set_num_threads(1)  # there are as many actors as cores
+            return torch.device("cpu")
+        device = torch.device("cuda")
+        try:
+            see_together([_smallest_jpeg()], self.samplings, self.view, device)
+        except Exception as error:
+            leave_lost_gpu(error, self.tally)
+            reason = str(error).strip().partition("\n")[0]
+            raise RunError(
+                f"no JPEG can be decoded on a GPU here: {reason}; install a torchvision that has "
+                "nvJPEG, or leave --gpu-decode out"
+            ) from error
+        return device
+
+    def _seen(self, files: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes, Seen | None]]:
+        plain: dict[int, PlainJpeg] = {}
+        held = 0
+        for row, data in files:
+            jpeg = plain_jpeg(data)
+            if jpeg is None:
+                yield row, data, None
+                continue
+            area = jpeg.width * jpeg.height
+            if len(plain) == _TOGETHER or held + area > _PIXELS_TOGETHER:
+                yield from self._seen_plain(plain)
+                plain, held = {}, 0
+            plain[row] = jpeg
+            held += area
+        yield from self._seen_plain(plain)
+
+    def _seen_plain(self, plain: dict[int, PlainJpeg]) -> Iterator[tuple[int, bytes, Seen | None]]:
+        seen = self._tried(list(plain.values()))
+        for (row, jpeg), one in zip(plain.items(), seen, strict=True):
+            yield row, jpeg.data, one
+
+    def _tried(self, jpegs: Sequence[PlainJpeg]) -> Sequence[Seen | None]:
+        """What is seen of some, in halves if together they raise; None of one that does alone."""
+        import torch
+
+        if not jpegs:
+            return []
+        device = self.device
+        try:
+            return see_together(jpegs, self.samplings, self.view, device)
+        except Exception as error:
+            leave_lost_gpu(error, self.tally)
+        if device.type == "cuda":  # nvJPEG does not say what became of the GPU
+            try:
+                torch.cuda.synchronize()
+            except Exception as error:
+                leave_lost_gpu(error, self.tally)
+        if len(jpegs) == 1:
+            return [None]
+        half = len(jpegs) // 2
+        return [*self._tried(jpegs[:half]), *self._tried(jpegs[half:])]
+
+
+def _smallest_jpeg() -> PlainJpeg:
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "JPEG")
+    return PlainJpeg(buffer.getvalue(), 16, 16, is_gray=False)
+
+
+def _read(batch: pa.Table, failures: dict[int, Failure]) -> Iterator[tuple[int, bytes]]:
+    """Row by row the bytes of the images; why they cannot be had is added to the failures."""
+    reader = _Reader()
+    columns = [batch[name].to_pylist() for name in Place._fields]
+    groups = together(map(Place, *columns))
+    for row, content in enumerate(chain.from_iterable(read_ahead(reader.read, groups))):
+        if isinstance(content, ImageError):
+            failures[row] = Failure("read", content.kind, str(content))
+        else:
+            yield row, content
 
 
 @contextmanager

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
     from scacam.networks import Network
 
-__all__ = ["Holder"]
+__all__ = ["Holder", "leave_lost_gpu"]
 
 _Seen = TypeVar("_Seen")
 
@@ -132,8 +132,7 @@ class Holder:
             try:
                 seen = look(chosen)
             except Exception as error:
-                if _is_lost_gpu(error):
-                    self._fall(error)
+                leave_lost_gpu(error, self.tally)
                 no_memory = _lacks_memory(error)
                 if len(chosen) > 1:
                     if no_memory:
@@ -158,14 +157,18 @@ class Holder:
         try:
             look_at_blank()
         except Exception as error:
-            if _is_lost_gpu(error):
-                self._fall(error)
+            leave_lost_gpu(error, self.tally)
 
-    def _fall(self, error: Exception) -> None:
-        """End this process, in which no later CUDA call can succeed; Ray starts another."""
-        if self.tally is None:
+
+def leave_lost_gpu(error: Exception, tally: Any) -> None:
+    """End this process if an error says that it has lost its GPU; Ray starts another.
+
+    No later CUDA call can succeed in it. Without a tally nobody starts another, and it is raised.
+    """
+    if _is_lost_gpu(error):
+        if tally is None:
             raise error
-        fall(self.tally, _in_one_line(error))
+        fall(tally, _in_one_line(error))
         os._exit(1)
 
 

@@ -1,8 +1,4 @@
-"""From the bytes of an image to the pixels that a network sees.
-
-An image is upright (its EXIF orientation applied) and RGB or gray before anything else happens.
-The *view* is the rectangle of it, in its own pixels, that is resized to the network's input.
-"""
+"""From the bytes of an image file of any format to what networks see of it, by Pillow."""
 
 import contextlib
 import io
@@ -10,20 +6,14 @@ import re
 import warnings
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageFile
 
 from scacam.errors import ImageError
+from scacam.images.views import Preprocessing, Seen, View, ViewName, pixels, view_of
 
-__all__ = ["VIEWS", "Preprocessing", "View", "decode", "pixels", "see", "view_of"]
-
-ViewName = Literal["center_crop", "whole_image"]
-VIEWS: tuple[ViewName, ...] = ("center_crop", "whole_image")
-
-_RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+__all__ = ["decode", "opened", "orientation_of", "see"]
 
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -50,47 +40,7 @@ _EXIF_ITEM = re.compile(rb"(infe.{8})Exif", re.DOTALL)
 _ORIENTING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")
 
 
-class View(NamedTuple):
-    """A rectangle in continuous pixels of the upright image: x to the right, y down."""
-
-    x0: float
-    y0: float
-    x1: float
-    y1: float
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """How a network wants its images: resized, centre-cropped, scaled to [0, 1] and normalised.
-
-    Attributes:
-        crop_size: height and width of the network's input.
-        resize_size: length of the image's shorter side before the centre crop.
-        interpolation: `bilinear` or `bicubic`, antialiased.
-        mean, std: one value per channel, of pixels in [0, 1]; one value alone means gray.
-    """
-
-    crop_size: tuple[int, int] = (224, 224)
-    resize_size: int = 256
-    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    mean: tuple[float, ...] = (0.485, 0.456, 0.406)
-    std: tuple[float, ...] = (0.229, 0.224, 0.225)
-
-    def __post_init__(self) -> None:
-        if len(self.mean) not in (1, 3) or len(self.std) != len(self.mean):
-            raise ValueError(f"mean and std need 1 or 3 values each, not {self.mean}, {self.std}")
-        if self.interpolation not in _RESAMPLING:
-            raise ValueError(f"interpolation is bilinear or bicubic, not {self.interpolation!r}")
-
-    @property
-    def channels(self) -> int:
-        """3 for RGB, 1 for gray."""
-        return len(self.mean)
-
-
-def see(
-    data: bytes, samplings: Sequence[Preprocessing], view: ViewName
-) -> tuple[tuple[int, int], list[tuple[View, np.ndarray]]]:
+def see(data: bytes, samplings: Sequence[Preprocessing], view: ViewName) -> Seen:
     """What networks see of an image file, decoded no further than they need.
 
     A JPEG whose shorter side is four times what the networks resize it to, or more, is decoded at a
@@ -167,7 +117,7 @@ def _decoded(data: bytes, shorter_side: int | None) -> tuple[Image.Image, tuple[
 
 
 def _read(data: bytes, shorter_side: int | None) -> tuple[Image.Image, tuple[int, int], float]:
-    image = _opened(data)
+    image = opened(data)
     size, factor = image.size, 1.0
     if shorter_side is not None and image.format in ("JPEG", "MPO"):
         drafted = image.draft(None, (shorter_side, shorter_side))
@@ -175,20 +125,21 @@ def _read(data: bytes, shorter_side: int | None) -> tuple[Image.Image, tuple[int
     image.load()
     if factor == 1:
         size = image.size  # some formats know it only now
-    orientation = _orientation(image)
+    orientation = orientation_of(image)
     upright = _to_rgb(image)
     if orientation in _UPRIGHT:
         upright = upright.transpose(_UPRIGHT[orientation])
     return upright, size[::-1] if orientation >= 5 else size, factor
 
 
-def _opened(data: bytes) -> ImageFile.ImageFile:
+def opened(data: bytes) -> ImageFile.ImageFile:
+    """An image of which only the head has been read; what is broken raises almost anything."""
     try:
         image = Image.open(io.BytesIO(data))
     except Image.UnidentifiedImageError as error:
         if _is_heif(data) and "HEIF" not in Image.OPEN:
             _learn_heif()
-            return _opened(data)
+            return opened(data)
         raise _unidentified(data) from error
     # Stubs know a format by its head alone; EPS would be run by Ghostscript, as a program.
     if isinstance(image, ImageFile.StubImageFile) or image.format in ("EPS", "MPEG"):
@@ -249,7 +200,7 @@ def _without_metadata(data: bytes) -> bytes:
     return b"".join(kept)
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation_of(image: Image.Image) -> int:
     """The orientation that EXIF states, or else XMP: 1 to 8."""
     xmp = Image.new("1", (1, 1))  # over EXIF that is none, Pillow does not get as far as the XMP
     xmp.info = {name: image.info[name] for name in _XMP if name in image.info}
@@ -288,39 +239,3 @@ def _scaled(samples: np.ndarray) -> np.ndarray:
         f"its samples, from {low:g} to {high:g}, do not tell which is white; "
         "convert it to 8 or 16 bits",
     )
-
-
-def view_of(width: int, height: int, preprocessing: Preprocessing, view: ViewName) -> View:
-    """Where a network looks in an image of this size.
-
-    `center_crop` is the network's published preprocessing: exactly the pixels that resizing the
-    shorter side to `resize_size` and cropping the centre would keep. `whole_image` squashes the
-    whole image to the network's input.
-    """
-    if view == "whole_image":
-        return View(0.0, 0.0, float(width), float(height))
-    crop_height, crop_width = preprocessing.crop_size
-    scale = max(preprocessing.resize_size / min(width, height), crop_width / width)
-    scale = max(scale, crop_height / height)
-    # torchvision truncates the resized longer side and rounds the crop's offset: so do we.
-    resized_width = max(int(width * scale + 1e-6), crop_width)
-    resized_height = max(int(height * scale + 1e-6), crop_height)
-    left = round((resized_width - crop_width) / 2)
-    top = round((resized_height - crop_height) / 2)
-    per_x, per_y = width / resized_width, height / resized_height
-    return View(
-        left * per_x,
-        top * per_y,
-        min((left + crop_width) * per_x, float(width)),
-        min((top + crop_height) * per_y, float(height)),
-    )
-
-
-def pixels(image: Image.Image, view: View, preprocessing: Preprocessing) -> np.ndarray:
-    """The view, resized to the network's input: uint8 `[height, width, channels]`."""
-    height, width = preprocessing.crop_size
-    if preprocessing.channels == 1:
-        image = image.convert("L")
-    # Pillow's filter reaches beyond the box: the same as to resize the whole image, then crop.
-    resized = image.resize((width, height), _RESAMPLING[preprocessing.interpolation], box=view)
-    return np.asarray(resized).reshape(height, width, preprocessing.channels)
