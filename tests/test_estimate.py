@@ -43,9 +43,11 @@ def test_with_gpus_the_slower_side_sets_the_pace():
     assert fed.hours == pytest.approx(10_000_000 * 0.002 / 4 / 3600)
     assert "one explains 500 images/s and needs 2.0 cores" in fed.told(None)
     assert "warning" not in fed.told(None)
+    assert "pace: the GPUs set it; 8 cores could feed 4.0 of them" in fed.told(None)
     starved = TEN_MILLION._replace(gpus=4, cores=6)
     assert starved.hours == pytest.approx(10_000_000 * 0.004 / 6 / 3600)
     assert "warning: 6 cores cannot feed 4 GPUs, which will be 75% busy" in starved.told(None)
+    assert "8 cores in all make it even" in starved.told(None)
 
 
 def test_what_gpus_decode_is_no_work_of_the_cores():

@@ -84,11 +84,17 @@ class Estimate(NamedTuple):
                 f"GPUs: one explains {1 / self.explained:,.0f} images/s and needs {needed:,.1f} "
                 "cores to feed it"
             )
-            if self.cores < needed * self.gpus:
-                share = self.cores / (needed * self.gpus)
+            even = needed * self.gpus
+            if self.cores < even:
                 lines.append(
                     f"warning: {self.cores} cores cannot feed {self.gpus} GPUs, which will be "
-                    f"{share:.0%} busy; add nodes without GPUs, {needed * self.gpus:,.0f} cores"
+                    f"{self.cores / even:.0%} busy; add nodes without GPUs, {even:,.0f} cores in "
+                    "all make it even"
+                )
+            else:
+                lines.append(
+                    f"pace: the GPUs set it; {self.cores} cores could feed "
+                    f"{self.cores / needed:,.1f} of them"
                 )
         else:
             lines.append(
