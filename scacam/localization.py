@@ -6,6 +6,7 @@ aligned corners to the network's input, division by the maximum.
 
 from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import NamedTuple
 
 import cv2
@@ -29,6 +30,10 @@ _AT_ONCE = 1 << 18
 _DOUBT = 2.0**-18
 """More than the error of upsampling maps within ±1, whatever the order of its sums: that is some
 eight roundings of 2^-24."""
+
+
+_SWEEPS = 4
+"""How often a region is followed to all four sides."""
 
 
 class Localization(NamedTuple):
@@ -132,17 +137,23 @@ def _boxes_from_samples(
     samples = _even(width, size[1])[columns] @ samples.reshape(len(rows), width, count)
     samples -= np.float32(threshold) * samples.max((0, 1))
     is_above = samples > 0
-    # All maps are labelled as one tall image, an empty row between each two.
-    image = np.zeros((count, len(rows) + 1, len(columns)), dtype=np.uint8)
-    image[:, :-1] = is_above.transpose(2, 0, 1)
-    _, labels = cv2.connectedComponents(image.reshape(-1, len(columns)), connectivity=4)
-    labels = labels.reshape(count, -1)
-    last = labels.max(1)[:, None]
-    has_one = (last[:, 0] > 0) & ((labels == 0) | (labels == last)).all(1)
     tops, bottoms, is_sure = _extent(samples, is_above.any(1), rows, size[0])
     lefts, rights, is_too = _extent(samples.transpose(1, 0, 2), is_above.any(0), columns, size[1])
-    certain = has_one & is_sure & is_too & (np.abs(samples).min((0, 1)) > _DOUBT)
-    return certain, np.stack([lefts, tops, rights, bottoms], axis=1)
+    is_certain = is_sure & is_too & (np.abs(samples).min((0, 1)) > _DOUBT)
+    return is_certain & _are_connected(is_above), np.stack([lefts, tops, rights, bottoms], axis=1)
+
+
+def _are_connected(masks: np.ndarray) -> np.ndarray:
+    """Which of N masks `[rows, columns, N]` are one 4-connected region, unless it winds a lot."""
+    reached = np.zeros_like(masks)
+    firsts, maps = masks.any(1).argmax(0), np.arange(masks.shape[2])
+    reached[firsts, masks[firsts, :, maps].argmax(1), maps] = True
+    for _ in range(_SWEEPS):
+        for lines, free in ((reached, masks), (reached.swapaxes(0, 1), masks.swapaxes(0, 1))):
+            for ordered, allowed in ((lines, free), (lines[::-1], free[::-1])):
+                for (before, line), here in zip(pairwise(ordered), allowed[1:], strict=True):
+                    line |= before & here
+    return (reached == masks).all((0, 1))
 
 
 def _extent(
