@@ -5,7 +5,8 @@ import pytest
 import torch
 from scipy import ndimage
 
-from scacam.localization import box_of_region, localize, upsample
+from scacam import localization
+from scacam.localization import BOX_THRESHOLD, box_of_region, localize, upsample
 from scacam.tables import pack_heatmaps, unpack_heatmaps
 
 
@@ -165,9 +166,79 @@ def test_regions_are_scipys(smooth):
     rng = np.random.default_rng(1)
     for _ in range(200):
         mask = ndimage.gaussian_filter(rng.standard_normal(rng.integers(1, 60, 2)), smooth) > 0.1
-        if not mask.any():
-            continue
-        labels, count = ndimage.label(mask, np.ones((3, 3)))
-        sizes = ndimage.sum_labels(mask, labels, range(1, count + 1))
-        rows, columns = ndimage.find_objects(labels)[int(np.argmax(sizes))]
-        assert box_of_region(mask) == (columns.start, rows.start, columns.stop, rows.stop)
+        if mask.any():
+            assert box_of_region(mask) == labelled_box(mask)
+
+
+def labelled_box(mask):
+    labels, count = ndimage.label(mask, np.ones((3, 3)))
+    if not count:
+        return (np.nan,) * 4
+    sizes = ndimage.sum_labels(mask, labels, range(1, count + 1))
+    rows, columns = ndimage.find_objects(labels)[int(np.argmax(sizes))]
+    return columns.start, rows.start, columns.stop, rows.stop
+
+
+def maps_of_all_kinds(rng, shape):
+    """Some 500 maps as they are stored, `[N, h, w]`."""
+    noise = rng.standard_normal((120, *shape))
+    y, x = np.indices(shape)
+    places = (
+        rng.uniform(-1, 1, (80, 2, 1, 1)) * np.reshape(shape, (2, 1, 1))
+        + np.reshape(shape, (2, 1, 1)) * 0.5
+    )
+    squares = ((np.stack([y, x]) - places) ** 2).sum(1)
+    widths = rng.uniform(0.3, max(shape), (80, 1, 1)) ** 2
+    checkered = np.where((x + y) % 2, 1, rng.uniform(-1, 0.5, (20, 1, 1)))
+    kinds = [
+        noise,
+        *(ndimage.gaussian_filter(noise, (0, smooth, smooth)) for smooth in (0.5, 1, 2)),
+        np.exp(-squares / widths),  # a blob, perhaps off the map
+        np.exp(-squares / widths) - rng.uniform(0, 1, (80, 1, 1)),
+        np.exp(-np.abs(squares - widths)),  # a ring
+        checkered,
+        rng.choice([0, 0.2, 1], (80, *shape)),  # plateaus, some at the threshold
+        rng.choice([-1, -1, 1e-3], (40, *shape)),  # tiny peaks
+        -np.abs(noise[:10]),
+    ]
+    heatmaps = np.concatenate(kinds)
+    heatmaps[rng.random(len(heatmaps)) < 0.2] *= 1e-6
+    return unpack_heatmaps(*pack_heatmaps(heatmaps.astype(np.float32)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "input_size"),
+    [
+        ((7, 7), (112, 112)),
+        ((7, 7), (224, 224)),
+        ((8, 8), (130, 130)),
+        ((7, 5), (64, 97)),
+        ((14, 14), (70, 70)),
+        ((3, 3), (9, 9)),
+        ((4, 4), (6, 6)),
+        ((6, 6), (6, 9)),
+        ((9, 6), (7, 5)),
+        ((1, 5), (40, 40)),
+    ],
+)
+def test_boxes_are_those_of_the_upsampled_maps(shape, input_size):
+    heatmaps = maps_of_all_kinds(np.random.default_rng(2), shape)
+    height, width = input_size
+    views = np.array([[0, 0, width, height]] * len(heatmaps), float)
+    relu = np.arange(len(heatmaps)) % 2 == 0
+    _, boxes = localize(heatmaps, relu, views, input_size)
+    for heatmap, rectified, box in zip(heatmaps, relu, boxes, strict=True):
+        upsampled = upsample(heatmap.clip(min=0) if rectified else heatmap, input_size)
+        expected = labelled_box(upsampled > BOX_THRESHOLD * upsampled.max())
+        if np.ptp(heatmap) == 0:
+            expected = (np.nan,) * 4
+        np.testing.assert_allclose(box, np.float32(expected), rtol=1e-6, atol=1e-4)
+
+
+def test_a_map_of_one_region_is_not_upsampled(monkeypatch):
+    monkeypatch.delattr(localization, "upsample")
+    y, x = np.indices((7, 7))
+    heatmaps = np.exp(-np.array([(y - row) ** 2 + (x - row / 2) ** 2 for row in range(7)]) / 4)
+    views = np.array([[0, 0, 224, 224]] * 7, float)
+    _, boxes = localize(heatmaps, np.ones(7, bool), views, (224, 224))
+    assert np.isfinite(boxes).all()

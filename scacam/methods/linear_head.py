@@ -84,9 +84,8 @@ def recipro_cam(features: Tensor, head: LinearHead | GeneralHead) -> Tensor:
         kept = features.relu() if head.kind == "rectified" else features
         logits = F.linear(kept.flatten(2).mT, head.weights / cells, head.biases)
     each = head.class_ids[:, None].expand(-1, cells, -1)
-    if head.is_softmax:  # in place, which spares the time for three more tensors of this size
-        exponentials = logits.sub_(logits.amax(2, keepdim=True)).exp_()
-        maps = exponentials.gather(2, each) / exponentials.sum(2, keepdim=True)
+    if head.is_softmax:
+        maps = logits.softmax(2).gather(2, each)
     else:
         maps = logits.gather(2, each).sigmoid()
     return maps.mT.unflatten(2, features.shape[2:])
