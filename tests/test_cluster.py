@@ -238,7 +238,7 @@ def test_no_pool_holds_up_cores_that_are_shared(monkeypatch, cpus, costs):
     assert sum(allotment.actors * allotment.num_cpus for allotment in allotments) <= cpus / 2
 
 
-CORE, GPU = Allotment(1, 0.5, 0.0), Allotment(2, 0.5, 0.5)
+CORE, TWO_CORES, GPU = Allotment(1, 0.5, 0.0), Allotment(2, 0.5, 0.0), Allotment(2, 0.5, 0.5)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +247,7 @@ CORE, GPU = Allotment(1, 0.5, 0.0), Allotment(2, 0.5, 0.5)
         (10, 150_528, [0.02], [CORE], 10),  # less than half a second of work is not divided
         (100, 150_528, [0.02], [CORE], 25),  # four shards for the one actor
         (10, 150_528, [0.2], [CORE], 3),
+        (3_450, 150_528, [0.02], [TWO_CORES], 345),  # ten blocks for two, in place of nine
         (10**7, 3_072, [0.02], [CORE], 512),
         (10**7, 150_528, [0.02], [CORE], 425),  # 64 MB of 224 × 224 × 3 bytes
         (10**7, 3 * 600 * 600, [0.02], [CORE], 59),

@@ -102,4 +102,8 @@ def rows_per_shard(
     )
     bounds = _SHARD_ROWS_MAX, _BLOCK_BYTES // image_bytes, int(_BLOCK_S / seconds)
     wanted = max(math.ceil(images / (4 * actors)), int(_BLOCK_MIN_S / seconds))
-    return max(1, min(images, wanted, *bounds))
+    rows = max(1, min(images, wanted, *bounds))
+    if rows == images:
+        return rows
+    rounds = math.ceil(images / (rows * actors))
+    return math.ceil(images / (rounds * actors))  # else in the last round some would have none
