@@ -31,7 +31,6 @@ _DOUBT = 2.0**-18
 """More than the error of upsampling maps within ±1, whatever the order of its sums: that is some
 eight roundings of 2^-24."""
 
-
 _SWEEPS = 4
 """How often a region is followed to all four sides."""
 
