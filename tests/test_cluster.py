@@ -202,7 +202,7 @@ def test_the_slowest_pool_gets_the_next_worker(workers, costs, expected):
 )
 def test_actors_that_share_gpus_all_find_a_place(gpus, costs, actors, share):
     """All pools hold their actors at once: what Ray cannot place would wait for ever."""
-    allotments = allot(costs, gpus, images=1000)
+    allotments = allot(costs, gpus, images=1000).networks
     assert [allotment.actors for allotment in allotments] == actors
     assert {allotment.num_gpus for allotment in allotments} == {share}
     assert sum(actors) <= gpus * int(1 / share)
@@ -211,11 +211,13 @@ def test_actors_that_share_gpus_all_find_a_place(gpus, costs, actors, share):
 @pytest.mark.parametrize(("gpus", "networks"), [(1, 1), (1, 3), (2, 3), (3, 1), (8, 2)])
 def test_actors_that_decode_on_gpus_find_a_place_beside_the_others(gpus, networks):
     """Whichever GPU each gets: all shares are alike, and so many go into one."""
-    allotments = allot([1.0] * networks, gpus, images=100_000, gpu_decode=True)
-    assert len(allotments) == networks + 1
-    assert allotments[-1].actors == 2 * gpus
-    (share,) = {allotment.num_gpus for allotment in allotments}
-    assert sum(allotment.actors for allotment in allotments) <= gpus * int(1 / share)
+    of_networks, decoding = allot([1.0] * networks, gpus, images=100_000, gpu_decode=True)
+    assert len(of_networks) == networks
+    assert decoding is not None
+    assert decoding.actors == 2 * gpus
+    (share,) = {allotment.num_gpus for allotment in [*of_networks, decoding]}
+    actors = sum(allotment.actors for allotment in [*of_networks, decoding])
+    assert actors <= gpus * int(1 / share)
 
 
 @pytest.mark.parametrize(
@@ -223,14 +225,15 @@ def test_actors_that_decode_on_gpus_find_a_place_beside_the_others(gpus, network
 )
 def test_an_actor_that_would_have_little_to_do_is_not_started(monkeypatch, images, actors):
     monkeypatch.setattr("scacam.pipeline.allotments.cores", lambda: 8)
-    assert [allotment.actors for allotment in allot([0.018, 0.006], 0, images)] == actors
+    allotments = allot([0.018, 0.006], 0, images).networks
+    assert [allotment.actors for allotment in allotments] == actors
 
 
 @pytest.mark.parametrize("costs", [[1.0], [1.0, 1.0], [19.0, 35.0, 12.0], [1.0, 1.0, 40.0]])
 @pytest.mark.parametrize("cpus", [2, 5, 64])
 def test_no_pool_holds_up_cores_that_are_shared(monkeypatch, cpus, costs):
     monkeypatch.setattr("scacam.pipeline.allotments.cores", lambda: cpus)
-    allotments = allot([cost / 1000 for cost in costs], 0, images=10**7)
+    allotments = allot([cost / 1000 for cost in costs], 0, images=10**7).networks
     actors = [allotment.actors for allotment in allotments]
     shared = cpus / sum(costs)  # images that all cores come to, were they never idle
     assert all(many / cost >= shared for many, cost in zip(actors, costs, strict=True))
@@ -248,6 +251,7 @@ CORE, TWO_CORES, GPU = Allotment(1, 0.5, 0.0), Allotment(2, 0.5, 0.0), Allotment
         (100, 150_528, [0.02], [CORE], 25),  # four shards for the one actor
         (10, 150_528, [0.2], [CORE], 3),
         (3_450, 150_528, [0.02], [TWO_CORES], 345),  # ten blocks for two, in place of nine
+        (1_200, 150_528, [0.02, 0.01], [TWO_CORES, CORE], 100),  # four for each of three actors
         (10**7, 3_072, [0.02], [CORE], 512),
         (10**7, 150_528, [0.02], [CORE], 425),  # 64 MB of 224 × 224 × 3 bytes
         (10**7, 3 * 600 * 600, [0.02], [CORE], 59),

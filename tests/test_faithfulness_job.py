@@ -20,8 +20,9 @@ from made_runs import evaluate
 
 import scacam
 from scacam.images import see
-from scacam.jobs import explain, faithfulness, trial
+from scacam.jobs import explain, faithfulness
 from scacam.jobs.command import run_job
+from scacam.jobs.faithfulness_pass import sample
 from scacam.report.run import report
 from scacam.trials.metrics import BASELINES, CURVES, METRICS
 from scacam.trials.tables import (
@@ -184,11 +185,11 @@ def test_what_the_run_does_not_have_is_refused(finished, tmp_path, capfd):
 
 def test_a_sample_is_the_same_every_time(finished):
     run = scacam.open_run(str(finished))
-    three, six = (trial.sample(run, count)["image_id"].to_pylist() for count in (3, 6))
+    three, six = (sample(run, count)["image_id"].to_pylist() for count in (3, 6))
     assert three == sorted(three)
     assert set(three) < set(six) < set(range(20)) - {7}
-    assert trial.sample(run, 3)["image_id"].to_pylist() == three
-    assert len(trial.sample(run, None)) == len(trial.sample(run, 99)) == 19
+    assert sample(run, 3)["image_id"].to_pylist() == three
+    assert len(sample(run, None)) == len(sample(run, 99)) == 19
 
 
 def test_a_dry_run_only_tells(finished, tmp_path, capfd):

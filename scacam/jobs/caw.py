@@ -34,14 +34,14 @@ from scacam.jobs.options import (
 )
 from scacam.methods.caw import Weights, verdict
 from scacam.pipeline.allotments import allot, rows_per_shard
-from scacam.pipeline.cluster import TASK_CPUS, await_nodes, root_cause, share, start_ray
+from scacam.pipeline.chain import chained, links
+from scacam.pipeline.cluster import TASK_CPUS, await_nodes, root_cause, start_ray
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.stages.decode import Decode
 from scacam.pipeline.stages.holder import Holder
 from scacam.pipeline.stages.rows import (
     Failure,
     bytes_per_image,
-    sampling_of,
     set_failures,
     tensors,
 )
@@ -214,12 +214,12 @@ def weigh(
 ) -> None:
     """Stream images through the networks, and add them to what was seen."""
     costs = [seconds_per_image(network) for network in networks]
-    allotments = allot(costs, await_nodes(None), len(manifest))
-    samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
-    uses = [samplings.index(sampling_of(network.preprocessing)) for network in networks]
+    images = len(manifest)
+    allotments = allot(costs, await_nodes(None), images).networks
     ray.data.DataContext.get_current().enable_progress_bars = False
     tally = start_tally()
-    rows = rows_per_shard(len(manifest), bytes_per_image(samplings), costs, allotments)
+    samplings, chain = links(networks, tally)
+    rows = rows_per_shard(images, bytes_per_image(samplings), costs, allotments)
     stream = ray.data.from_arrow(manifest).repartition(target_num_rows_per_block=rows)
     stream = stream.map_batches(
         Decode(samplings, "center_crop", tally),
@@ -227,26 +227,10 @@ def weigh(
         batch_format="pyarrow",
         num_cpus=TASK_CPUS,
     )
-    for index, (network, allotment) in enumerate(zip(networks, allotments, strict=True)):
-        stream = stream.map_batches(
-            Observe,
-            fn_constructor_kwargs={
-                "load": share(network),
-                "sampling": uses[index],
-                "bfloat16": False,
-                "last_use": uses[index] not in uses[index + 1 :],
-                "batch_size": batch_size,
-                "is_last": index == len(networks) - 1,
-                "tally": tally,
-            },
-            compute=ray.data.ActorPoolStrategy(size=allotment.actors),
-            batch_size=rows,
-            batch_format="pyarrow",
-            num_cpus=allotment.num_cpus,
-            num_gpus=allotment.num_gpus or None,
-        )
+    pools = [{**link, "bfloat16": False, "batch_size": batch_size} for link in chain]
+    stream = chained(stream, Observe, networks, pools, allotments, images, rows)
     saved = time.monotonic()
-    with shown(tally, len(manifest)):
+    with shown(tally, images):
         block: pa.Table
         for block in stream.iter_batches(batch_size=None, batch_format="pyarrow"):
             if not len(block):

@@ -249,8 +249,7 @@ def explain_all(
     start_ray()
     gpus = await_nodes(options.gpus)
     allotments = allot(costs, gpus, record["images"], options.gpu_decode)
-    decoding = allotments.pop() if options.gpu_decode else None
-    counts = explain(options, record, networks, costs, allotments, decoding)
+    counts = explain(options, record, networks, costs, allotments)
     proof = prove(options.output, record["networks"], images, record["embeddings"])
     seconds = time.monotonic() - started
     record |= {
@@ -261,7 +260,7 @@ def explain_all(
         "errors": dict(proof.errors.most_common()),
     }
     complete(options.output, record, proof)
-    return record, speed(counts, networks, allotments, decoding)
+    return record, speed(counts, networks, allotments)
 
 
 def check(options: SimpleNamespace) -> None:

@@ -19,8 +19,8 @@ from scacam.evaluation.intervals import Row
 from scacam.evaluation.tables import named
 from scacam.evaluation.words import percent
 from scacam.jobs.estimate import Estimate
+from scacam.jobs.faithfulness_pass import Task, begun, estimated, reloaded, sample, tried
 from scacam.jobs.options import refuse_below_one
-from scacam.jobs.trial import Task, begun, estimated, reloaded, sample, tried
 from scacam.runs.lock import locked
 from scacam.runs.results import Claimant, Run, open_run
 from scacam.storage import join

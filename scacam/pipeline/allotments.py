@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from scacam.pipeline.cluster import cores
 
-__all__ = ["Allotment", "allot", "divide", "rows_per_shard"]
+__all__ = ["Allotment", "Allotments", "allot", "divide", "rows_per_shard"]
 
 _ACTOR_S = 5
 """What it takes a core to start an actor: torch is loaded, and the network."""
@@ -24,16 +24,21 @@ _SPARE = 1.2
 
 
 class Allotment(NamedTuple):
-    """What a network's pool gets: so many actors, each with so many CPUs and GPUs."""
+    """What a pool gets: so many actors, each with so many CPUs and GPUs."""
 
     actors: int
     num_cpus: float
     num_gpus: float
 
 
-def allot(
-    costs: Sequence[float], gpus: int, images: int, gpu_decode: bool = False
-) -> list[Allotment]:
+class Allotments(NamedTuple):
+    """What all pools of a chain get: each network's, and that which decodes if tasks do not."""
+
+    networks: list[Allotment]
+    decoding: Allotment | None = None
+
+
+def allot(costs: Sequence[float], gpus: int, images: int, gpu_decode: bool = False) -> Allotments:
     """Divide the cluster among the pools of a chain, which all hold their actors at once.
 
     The slowest pool sets the pace of all, so a network that costs more gets more actors. On a GPU
@@ -47,23 +52,27 @@ def allot(
         costs: seconds that an image takes each network on one core.
         gpus: how many of the cluster's GPUs to use.
         images: how many there are.
-        gpu_decode: whether GPUs decode as well. Their pool comes last then, and has two actors to a
-            GPU too: while one reads, the other decodes. All shares are alike, so that there is a
-            place for each in whatever order they come; which GPU that is on, is left to Ray.
+        gpu_decode: whether GPUs decode as well, with two actors to a GPU too: while one reads, the
+            other decodes. All shares are alike, so that there is a place for each in whatever order
+            they come; which GPU that is on, is left to Ray.
     """
     busy = [1 + int(images * cost / _ACTOR_S) for cost in costs]
     if gpus:
         per_gpu = max(_ACTORS_PER_GPU, math.ceil(len(costs) / gpus))
         share = _share(1, per_gpu + _ACTORS_PER_GPU * gpu_decode)
-        sizes = list(map(min, divide(gpus * per_gpu, costs), busy))
-        if gpu_decode:
-            sizes.append(min(gpus * _ACTORS_PER_GPU, 1 + int(images * _GPU_DECODE_S / _ACTOR_S)))
-        return [Allotment(actors, share, share) for actors in sizes]
+        decoders = min(gpus * _ACTORS_PER_GPU, 1 + int(images * _GPU_DECODE_S / _ACTOR_S))
+        return Allotments(
+            [
+                Allotment(min(sizes), share, share)
+                for sizes in zip(divide(gpus * per_gpu, costs), busy, strict=True)
+            ],
+            Allotment(decoders, share, share) if gpu_decode else None,
+        )
     cpus = cores()
     needed = [math.ceil(_SPARE * cpus * cost / sum(costs)) for cost in costs]
     sizes = [min(cpus, *sizes) for sizes in zip(needed, busy, strict=True)]
     num_cpus = min(0.5, _share(cpus, 2 * sum(sizes)))
-    return [Allotment(actors, num_cpus, 0.0) for actors in sizes]
+    return Allotments([Allotment(actors, num_cpus, 0.0) for actors in sizes])
 
 
 def divide(workers: int, costs: Sequence[float]) -> list[int]:
@@ -84,10 +93,10 @@ def rows_per_shard(
 ) -> int:
     """Images per shard, and per block on its way there.
 
-    Four shards per actor in a small run, if each is half a second of work: for less it does not
-    pay that another process starts. In a large one a bounded number, of 64 MB and a minute of
-    work at most: so many blocks fit into the memory beside one another, no lost one costs much, and
-    none takes as long as the watchdog waits for a sign of life.
+    Four shards per actor of the chain in a small run, if each is half a second of work: for less
+    it does not pay that another process starts. In a large one a bounded number, of 64 MB and a
+    minute of work at most: so many blocks fit into the memory beside one another, no lost one costs
+    much, and none takes as long as the watchdog waits for a sign of life.
 
     Args:
         images: how many there are.
@@ -101,7 +110,8 @@ def rows_per_shard(
         for cost, allotment in zip(costs, allotments, strict=True)
     )
     bounds = _SHARD_ROWS_MAX, _BLOCK_BYTES // image_bytes, int(_BLOCK_S / seconds)
-    wanted = max(math.ceil(images / (4 * actors)), int(_BLOCK_MIN_S / seconds))
+    everywhere = sum(allotment.actors for allotment in allotments)
+    wanted = max(math.ceil(images / (4 * everywhere)), int(_BLOCK_MIN_S / seconds))
     rows = max(1, min(images, wanted, *bounds))
     if rows == images:
         return rows

@@ -4,16 +4,16 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pyarrow as pa
-import ray.data
 
 from scacam.images import ViewName
 from scacam.pipeline.allotments import Allotment, rows_per_shard
+from scacam.pipeline.chain import chained, links
 from scacam.pipeline.checkpoint import Checkpoint, checkpoint, images_of
-from scacam.pipeline.cluster import TASK_CPUS, share
+from scacam.pipeline.cluster import TASK_CPUS
 from scacam.pipeline.progress import Counts, start_tally
 from scacam.pipeline.sink import ShardSink
 from scacam.pipeline.stages.decode import Decode
-from scacam.pipeline.stages.rows import bytes_per_image, sampling_of
+from scacam.pipeline.stages.rows import bytes_per_image
 from scacam.pipeline.stages.trial import Try
 from scacam.pipeline.stream import prepare, write
 from scacam.runs.results import Claimant
@@ -53,19 +53,10 @@ def stages(
     tally: Any,
 ) -> tuple[Decode, list[dict[str, Any]]]:
     """The stages of the stream: of the networks' stages the arguments but for their network."""
-    samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
-    uses = [samplings.index(sampling_of(network.preprocessing)) for network in networks]
+    samplings, chain = links(networks, tally)
     pools = [
-        {
-            **arguments,
-            "run": run,
-            "claimants": claimants[index],
-            "sampling": sampling,
-            "last_use": sampling not in uses[index + 1 :],
-            "is_last": tally is not None and index == len(networks) - 1,
-            "tally": tally,
-        }
-        for index, sampling in enumerate(uses)
+        {**arguments, **link, "run": run, "claimants": each}
+        for link, each in zip(chain, claimants, strict=True)
     ]
     return Decode(samplings, view, tally), pools
 
@@ -94,16 +85,7 @@ def try_all(
     prepare(checkpoint(join(metrics, PASS), _Checkpoint))
     stream = images_of(join(metrics, PASS), TASK_CPUS, images, rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
-    for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
-        stream = stream.map_batches(
-            Try,
-            fn_constructor_kwargs=arguments | {"load": share(network)},
-            compute=ray.data.ActorPoolStrategy(size=allotment.actors),
-            batch_size=rows,
-            batch_format="pyarrow",
-            num_cpus=allotment.num_cpus,
-            num_gpus=allotment.num_gpus or None,
-        )
+    stream = chained(stream, Try, networks, pools, allotments, images, rows)
     folders = dict.fromkeys((images_folder(network.name) for network in networks), (0, 0))
     sink = _Sink(metrics, folders, tally, max_error_rate=1.0)
     return write(stream, sink, tally, images)

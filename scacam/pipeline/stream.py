@@ -11,15 +11,16 @@ from ray.data.checkpoint import CheckpointConfig
 
 from scacam.errors import RunError
 from scacam.methods import METHODS
-from scacam.pipeline.allotments import Allotment, rows_per_shard
+from scacam.pipeline.allotments import Allotments, rows_per_shard
+from scacam.pipeline.chain import chained, links
 from scacam.pipeline.checkpoint import checkpoint, images_of
-from scacam.pipeline.cluster import TASK_CPUS, cores, root_cause, share
+from scacam.pipeline.cluster import TASK_CPUS, cores, root_cause
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
 from scacam.pipeline.sink import ShardSink
 from scacam.pipeline.stages.decode import Decode, DecodeOnGpu
 from scacam.pipeline.stages.explain import Explain
 from scacam.pipeline.stages.localize import Localize, Speaker
-from scacam.pipeline.stages.rows import bytes_per_image, sampling_of
+from scacam.pipeline.stages.rows import bytes_per_image
 from scacam.storage import OUT_OF_REACH, absolute
 from scacam.tables import embeddings_folder, predictions_folder
 
@@ -35,37 +36,33 @@ def stages(
     options: SimpleNamespace, networks: Sequence["Network"], tally: Any
 ) -> tuple[Decode, list[dict[str, Any]], Localize]:
     """The stages of the stream: of the networks' stages the arguments but for their network."""
-    samplings = list(dict.fromkeys(sampling_of(network.preprocessing) for network in networks))
-    uses = [samplings.index(sampling_of(network.preprocessing)) for network in networks]
+    samplings, chain = links(networks, tally)
     pools = [
         {
+            **link,
             "methods": options.methods,
             "top_k": options.top_k,
             "explain_label": options.explain_label,
             "embeddings": options.embeddings,
-            "sampling": sampling,
             "bfloat16": options.bfloat16,
             "compile": options.compile,
-            "last_use": sampling not in uses[index + 1 :],
             "batch_size": options.batch_size,
-            "is_last": tally is not None and index == len(networks) - 1,
-            "tally": tally,
         }
-        for index, sampling in enumerate(uses)
+        for link in chain
     ]
     speakers = [
         Speaker(
             network.name,
             [network.class_name(class_id) for class_id in range(network.num_classes)],
             min(options.top_k, network.num_classes),
-            sampling,
+            link["sampling"],
             network.preprocessing.crop_size,
             {
                 layer: (methods, network.map_shape(layer))
                 for layer, methods in network.methods_by_layer(options.methods).items()
             },
         )
-        for network, sampling in zip(networks, uses, strict=True)
+        for network, link in zip(networks, chain, strict=True)
     ]
     rectified = [name for name, method in METHODS.items() if method.relu]
     kept = options.explain_label, options.min_probability or 0.0
@@ -89,8 +86,7 @@ def explain(
     record: dict[str, Any],
     networks: Sequence["Network"],
     costs: Sequence[float],
-    allotments: Sequence[Allotment],
-    decoding: Allotment | None,
+    allotments: Allotments,
 ) -> Counts:
     """Stream the images that are not done yet through the networks into the shards.
 
@@ -102,12 +98,12 @@ def explain(
     tally = start_tally()
     decode, pools, localize = stages(options, networks, tally)
     image_bytes = bytes_per_image(decode.samplings)
-    rows = rows_per_shard(record["images"], image_bytes, costs, allotments)
-    blocks = math.ceil(record["images"] / rows)
+    images = record["images"]
+    rows = rows_per_shard(images, image_bytes, costs, allotments.networks)
 
     prepare(checkpoint(output))
-    stream = images_of(output, TASK_CPUS, record["images"], rows)
-    if decoding is None:
+    stream = images_of(output, TASK_CPUS, images, rows)
+    if allotments.decoding is None:
         stream = stream.map_batches(
             decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
         )
@@ -115,22 +111,15 @@ def explain(
         stream = stream.map_batches(
             type(decode),
             fn_constructor_args=(decode.samplings, decode.view, decode.tally),
-            compute=ray.data.ActorPoolStrategy(size=min(decoding.actors, blocks)),
+            compute=ray.data.ActorPoolStrategy(
+                size=min(allotments.decoding.actors, math.ceil(images / rows))
+            ),
             batch_size=rows,
             batch_format="pyarrow",
-            num_cpus=decoding.num_cpus,
-            num_gpus=decoding.num_gpus,
+            num_cpus=allotments.decoding.num_cpus,
+            num_gpus=allotments.decoding.num_gpus,
         )
-    for network, arguments, allotment in zip(networks, pools, allotments, strict=True):
-        stream = stream.map_batches(
-            Explain,
-            fn_constructor_kwargs=arguments | {"load": share(network)},
-            compute=ray.data.ActorPoolStrategy(size=min(allotment.actors, blocks)),
-            batch_size=rows,
-            batch_format="pyarrow",
-            num_cpus=allotment.num_cpus,
-            num_gpus=allotment.num_gpus or None,
-        )
+    stream = chained(stream, Explain, networks, pools, allotments.networks, images, rows)
     stream = stream.map_batches(
         localize, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
     )
@@ -143,7 +132,7 @@ def explain(
         record.get("explained", 0),  # by a complete run, whose errors are tried again
         [folder(network.name) for network in networks for folder in further],
     )
-    return write(stream, sink, tally, record["images"])
+    return write(stream, sink, tally, images)
 
 
 def write(stream: ray.data.Dataset, sink: ShardSink, tally: Any, images: int) -> Counts:
@@ -164,20 +153,15 @@ def write(stream: ray.data.Dataset, sink: ShardSink, tally: Any, images: int) ->
     return ray.get(tally.get.remote())
 
 
-def speed(
-    counts: Counts,
-    networks: Sequence["Network"],
-    allotments: Sequence[Allotment],
-    decoding: Allotment | None,
-) -> list[str]:
+def speed(counts: Counts, networks: Sequence["Network"], allotments: Allotments) -> list[str]:
     """How fast it went and what held it up, in words."""
     if not counts.written:
         return []
     pools = {
         f"explain {network.name}": allotment.actors
-        for network, allotment in zip(networks, allotments, strict=True)
+        for network, allotment in zip(networks, allotments.networks, strict=True)
     }
-    decoders = cores() if decoding is None else decoding.actors
+    decoders = cores() if allotments.decoding is None else allotments.decoding.actors
     busy = shares(counts, {"decode": decoders, **pools, "localize": cores(), "write": cores()})
     slowest = max(busy, key=lambda stage: busy[stage])
     return [

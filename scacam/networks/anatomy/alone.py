@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from scacam.networks.anatomy.backward import differentiable, differentiate
 from scacam.networks.anatomy.block import Attended, LastBlock, attended, attending_by, pruned
@@ -250,7 +249,13 @@ def _replaced(module: nn.Module, target: TargetLayer, features: Tensor) -> Itera
 class _Operations(TorchDispatchMode):
     """Counts the multiplications and additions of what runs inside this context."""
 
-    count = 0
+    def __init__(self) -> None:
+        """Nothing has run yet."""
+        super().__init__()
+        from torch.utils.flop_counter import flop_registry  # slow, and actors are given the answer
+
+        self.registry = flop_registry
+        self.count = 0
 
     def __torch_dispatch__(
         self,
@@ -261,7 +266,7 @@ class _Operations(TorchDispatchMode):
     ) -> Any:
         keywords = keywords or {}
         output = function(*arguments, **keywords)
-        counted = flop_registry.get(function.overloadpacket)
+        counted = self.registry.get(function.overloadpacket)
         if counted is not None:
             self.count += counted(*arguments, **keywords, out_val=output)
         return output

@@ -175,7 +175,8 @@ def tried(task: Task, record: dict[str, Any]) -> dict[str, Any]:
         for network, claimants in zip(task.networks, task.claimants, strict=True)
     ]
     images = len(task.manifest)
-    try_all(task.folder, images, task.networks, task.stages, costs, allot(costs, gpus, images))
+    allotments = allot(costs, gpus, images).networks
+    try_all(task.folder, images, task.networks, task.stages, costs, allotments)
     shown = {
         network.name: len(claimants) + len(BASELINES)
         for network, claimants in zip(task.networks, task.claimants, strict=True)
