@@ -4,9 +4,11 @@ import argparse
 import atexit
 import gc
 import logging
+import os
 import platform
 import sys
 import tempfile
+import threading
 import traceback
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -22,6 +24,10 @@ from scacam.storage import join, locate, write_bytes
 from scacam.version import __version__
 
 __all__ = ["Result", "main", "run_job"]
+
+_STREAM = "StreamingExecutor"
+"""How Ray Data calls the threads that its streams run in."""
+_STREAM_ENDS_S = 10
 
 logger = logging.getLogger("scacam")
 
@@ -50,9 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"scacam {__version__}")
     given = sys.argv[1:] if arguments is None else arguments
     job = parser.parse_args(given[:1]).job
-    if arguments is None:
-        _start_ahead(job, given)
-    return run_job(job, given[1:])
+    return _run_alone(job, given[1:]) if arguments is None else run_job(job, given[1:])
 
 
 def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
@@ -70,7 +74,7 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
         run or was stopped.
     """
     if arguments is None:
-        _start_ahead(name, sys.argv)
+        return _run_alone(name, sys.argv[1:])
     atexit.register(gc.freeze)  # else the interpreter looks through all of torch before it ends
     gc.disable()  # what imports make is no garbage, and there is much of it
     job = import_module(f"scacam.jobs.{name}")
@@ -101,12 +105,24 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
     return 0 if result.ok else 1
 
 
-def _start_ahead(name: str, arguments: Sequence[str]) -> None:
-    """Let Ray start while the job is imported, in a process that is there for this job alone."""
-    if name in ON_RAY and not {"-h", "--help", "--dry-run"} & set(arguments):
-        from scacam.pipeline.cluster import ray_starting
+def _run_alone(name: str, arguments: Sequence[str]) -> int:
+    """`run_job` in a process that is there for this job alone: Ray starts as it is imported."""
+    if name not in ON_RAY or {"-h", "--help", "--dry-run"} & set(arguments):
+        return run_job(name, arguments)
+    from scacam.pipeline.cluster import ray_starting
 
-        ray_starting()
+    ray_starting()
+    code = run_job(name, arguments)
+    # A stream that was cut off runs on for a while, and would end the process with 1 once Ray is
+    # shut down under it.
+    streams = [thread for thread in threading.enumerate() if thread.name.startswith(_STREAM)]
+    for thread in streams:
+        thread.join(_STREAM_ENDS_S)
+    if any(thread.is_alive() for thread in streams):
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)  # Ray's processes see that this one is gone
+    return code
 
 
 def _told(error: BaseException) -> str:
