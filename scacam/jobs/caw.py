@@ -39,12 +39,7 @@ from scacam.pipeline.cluster import TASK_CPUS, await_nodes, root_cause, start_ra
 from scacam.pipeline.progress import shown, start_tally, taken_up
 from scacam.pipeline.stages.decode import Decode
 from scacam.pipeline.stages.holder import Holder
-from scacam.pipeline.stages.rows import (
-    Failure,
-    bytes_per_image,
-    set_failures,
-    tensors,
-)
+from scacam.pipeline.stages.rows import Failure, bytes_per_image, set_failures, tensors
 from scacam.pipeline.tasks import in_tasks
 from scacam.runs.describe import describe_network, describe_run
 from scacam.runs.lock import locked
