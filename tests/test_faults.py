@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -418,13 +419,15 @@ def test_worker_nodes_vanish_all_the_time(photos, quiet, tmp_path):
     try:
         workers = [cluster.add_node(num_cpus=2) for _ in range(2)]
         process = start(str(photos), output, environment={"RAY_ADDRESS": cluster.address})
-        while process.poll() is None:
-            if killed < min(_NODES_LOST, shards_in(output)):
-                cluster.remove_node(workers.pop(0), allow_graceful=False)
-                workers.append(cluster.add_node(num_cpus=2))
-                killed += 1
-            time.sleep(0.05)
-        ended(process)
+        with ThreadPoolExecutor() as pool:  # of what Ray tells about lost nodes a pipe runs full
+            end = pool.submit(ended, process)
+            while not end.done():
+                if killed < min(_NODES_LOST, shards_in(output)):
+                    cluster.remove_node(workers.pop(0), allow_graceful=False)
+                    workers.append(cluster.add_node(num_cpus=2))
+                    killed += 1
+                time.sleep(0.05)
+            end.result()
         assert killed >= 3
         assert_same_rows(rows(output), quiet)
     finally:
