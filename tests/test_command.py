@@ -92,6 +92,20 @@ def test_a_broken_factory_leaves_its_traceback_beside_the_output(
     assert list((tmp_path / "out/logs").iterdir()) == [log]
 
 
+def test_standard_output_is_for_the_result(tmp_path, capsys, photo_folder, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talkative_factory.py").write_text(
+        "from tests.tiny_networks import colours\n"
+        "def net():\n    print('loading weights')\n    return colours()\n"
+    )
+    arguments = ["--input", str(photo_folder(1)), "--output", str(tmp_path / "out"), "--dry-run"]
+    assert run_job("explain", [*arguments, "--networks", "talkative_factory:net"]) == 0
+    said, told = capsys.readouterr()
+    assert said.startswith("networks: ")
+    assert "loading weights" not in said
+    assert "loading weights" in told
+
+
 def test_a_fault_of_ours_is_one_line_as_well(tmp_path, capsys, monkeypatch):
     module = ModuleType("scacam.jobs.faulty")
     module.add_arguments = lambda parser: parser.add_argument("--output")

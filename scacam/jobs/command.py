@@ -11,6 +11,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from datetime import UTC, datetime
 from importlib import import_module
 from pathlib import Path
@@ -62,8 +63,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
     """Run a job from its command line.
 
-    Whatever goes wrong is one line on standard error. What is no plain refusal of the input has
-    its traceback, and those of the workers, in `OUT/logs/`.
+    Standard output is for the result alone. Whatever goes wrong is one line on standard error. What
+    is no plain refusal of the input has its traceback, and those of the workers, in `OUT/logs/`.
 
     Args:
         name: of `JOBS`.
@@ -92,7 +93,8 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
-        result: Result = job.run(**options)
+        with redirect_stdout(sys.stderr):  # where Ray and networks print to as well
+            result: Result = job.run(**options)
     except (Exception, KeyboardInterrupt) as error:
         line = " ".join(_told(error).split())
         if verbose:
