@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from scacam.networks import Network
     from scacam.pipeline.stages.holder import Holder
 
-__all__ = ["chained", "links"]
+__all__ = ["chained", "links", "pool"]
 
 
 def links(
@@ -60,15 +60,27 @@ def chained(
         images: how many there are.
         rows: of them per block.
     """
-    blocks = math.ceil(images / rows)
     for network, keywords, allotment in zip(networks, arguments, allotments, strict=True):
         stream = stream.map_batches(
             stage,
             fn_constructor_kwargs=keywords | {"load": share(network)},
-            compute=ray.data.ActorPoolStrategy(size=min(allotment.actors, blocks)),
-            batch_size=rows,
-            batch_format="pyarrow",
-            num_cpus=allotment.num_cpus,
-            num_gpus=allotment.num_gpus or None,
+            **pool(allotment, images, rows),
         )
     return stream
+
+
+def pool(allotment: Allotment, images: int, rows: int) -> dict[str, Any]:
+    """Keywords of `map_batches`: a pool of actors, none of which has nothing to do.
+
+    Args:
+        allotment: what the cluster gives it.
+        images: how many there are.
+        rows: of them per block.
+    """
+    return {
+        "compute": ray.data.ActorPoolStrategy(size=min(allotment.actors, math.ceil(images / rows))),
+        "batch_size": rows,
+        "batch_format": "pyarrow",
+        "num_cpus": allotment.num_cpus,
+        "num_gpus": allotment.num_gpus or None,
+    }

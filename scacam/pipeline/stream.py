@@ -1,6 +1,5 @@
 """The stream of the explain job: images through all stages, from the manifest to the shards."""
 
-import math
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ from ray.data.checkpoint import CheckpointConfig
 from scacam.errors import RunError
 from scacam.methods import METHODS
 from scacam.pipeline.allotments import Allotments, rows_per_shard
-from scacam.pipeline.chain import chained, links
+from scacam.pipeline.chain import chained, links, pool
 from scacam.pipeline.checkpoint import checkpoint, images_of
 from scacam.pipeline.cluster import TASK_CPUS, cores, root_cause
 from scacam.pipeline.progress import Counts, shares, shown, start_tally
@@ -111,13 +110,7 @@ def explain(
         stream = stream.map_batches(
             type(decode),
             fn_constructor_args=(decode.samplings, decode.view, decode.tally),
-            compute=ray.data.ActorPoolStrategy(
-                size=min(allotments.decoding.actors, math.ceil(images / rows))
-            ),
-            batch_size=rows,
-            batch_format="pyarrow",
-            num_cpus=allotments.decoding.num_cpus,
-            num_gpus=allotments.decoding.num_gpus,
+            **pool(allotments.decoding, images, rows),
         )
     stream = chained(stream, Explain, networks, pools, allotments.networks, images, rows)
     stream = stream.map_batches(
