@@ -299,6 +299,7 @@ def test_gpus_that_are_not_there_decode_nothing(tmp_path, photo_folder, capsys):
     assert not (tmp_path / "out" / "run.json").exists()
 
 
+@pytest.mark.long
 def test_failed_images_are_tried_again(tmp_path, photo):
     folder = tmp_path / "images"
     folder.mkdir()

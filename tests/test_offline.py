@@ -110,6 +110,10 @@ def test_the_errors_table_is_there_without_errors(plain: Path, labelled: Path) -
     assert set(pd.read_parquet(plain / "errors").columns) >= {"image_id", "stage", "message"}
     assert scacam.open_run(str(plain)).errors.num_rows == 0
     assert pd.read_parquet(labelled / "errors")["uri"].str.endswith("broken.jpg").tolist() == [True]
+
+
+@pytest.mark.long
+def test_nothing_is_tried_again_where_nothing_failed(plain: Path) -> None:
     again = {"networks": [NAMED, NAMELESS], "top_k": 2, "view": "whole_image"}
     result = explain.run(
         input=json.loads((plain / "run.json").read_text())["input"],
