@@ -112,11 +112,18 @@ def test_the_verdict_is_what_networks_show(name: str, kind: str, words: str) -> 
     assert (relation.correlation > 0.99).all() == (kind != "rectified")
 
 
-def test_the_job(photo_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "others",
+    [["alexnet"], pytest.param(["squeezenet1_1", "alexnet"], marks=pytest.mark.long)],
+    ids=len,
+)
+def test_the_job(
+    photo_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str], others: list[str]
+) -> None:
     folder = photo_folder(10)
     (folder / "broken.jpg").write_bytes(b"no image")
     out = tmp_path / "out"
-    networks = ["tests.tiny_networks:colours", "alexnet=random"]
+    networks = ["tests.tiny_networks:colours", *(f"{name}=random" for name in others)]
     arguments = ["--input", str(folder), "--output", str(out), "--networks", *networks]
     assert main([*arguments, "--batch-size", "4"]) == 0
     said = capsys.readouterr().out
@@ -126,7 +133,7 @@ def test_the_job(photo_folder, tmp_path: Path, capsys: pytest.CaptureFixture[str
     table = pq.read_table(out / "metrics" / "caw.parquet")
     assert table.schema.equals(CAW)
     rows = table.to_pylist()
-    for name in ("tests.tiny_networks:colours", "alexnet"):
+    for name in ("tests.tiny_networks:colours", *others):
         assert sum(row["images"] for row in rows if row["network"] == name) == 10
     for row in rows:
         if row["network"] == "tests.tiny_networks:colours":

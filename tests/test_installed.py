@@ -71,9 +71,11 @@ def test_every_job_from_an_empty_folder(programs, photo_folder, tmp_path):
 @pytest.fixture
 def cluster(programs: Path) -> Iterator[JobServer]:
     server = JobServer(programs)
-    server.add_worker("--num-cpus=4")
-    yield server
-    server.stop()
+    try:
+        server.add_worker("--num-cpus=4")
+        yield server
+    finally:
+        server.stop()
 
 
 def test_submitted_to_a_cluster_without_the_checkout(programs, cluster, photo_folder, tmp_path):

@@ -93,7 +93,7 @@ def run_job(name: str, arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     try:
-        with redirect_stdout(sys.stderr):  # where Ray and networks print to as well
+        with redirect_stdout(sys.stderr):  # Ray and networks print as well
             result: Result = job.run(**options)
     except (Exception, KeyboardInterrupt) as error:
         line = " ".join(_told(error).split())
