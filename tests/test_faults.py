@@ -427,8 +427,9 @@ def test_worker_nodes_vanish_all_the_time(photos, quiet, tmp_path):
                     workers.append(cluster.add_node(num_cpus=2))
                     killed += 1
                 time.sleep(0.05)
-            end.result()
+            said = end.result()
         assert killed >= 3
+        assert f"{IMAGES:,} now, in " in said
         assert_same_rows(rows(output), quiet)
     finally:
         cluster.shutdown()

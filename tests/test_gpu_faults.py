@@ -123,10 +123,16 @@ def test_a_lost_gpu_is_not_a_lack_of_memory(with_white, error):
     assert sizes == [12]
 
 
-def test_deaths_are_counted_and_not_visits(monkeypatch):
-    nodes = {"a": True, "b": True}
-    seen = lambda: [{"NodeID": node, "Alive": alive} for node, alive in nodes.items()]  # noqa: E731
+@pytest.fixture
+def nodes(monkeypatch) -> dict[str, bool]:
+    """Two nodes of no cluster, and whether each is alive."""
+    found = {"a": True, "b": True}
+    seen = lambda: [{"NodeID": node, "Alive": alive} for node, alive in found.items()]  # noqa: E731
     monkeypatch.setattr(ray, "nodes", seen)
+    return found
+
+
+def test_deaths_are_counted_and_not_visits(nodes):
     tally = Tally()
 
     def enter(worker: str, node: str, block: int = 0) -> int:
@@ -145,6 +151,24 @@ def test_deaths_are_counted_and_not_visits(monkeypatch):
     tally.leave("5", 0.5)
     assert enter("6", "a", block=512) == 0
     assert tally.get().busy == {"explain": 1.0}
+
+
+def test_what_is_done_twice_is_counted_once(nodes):
+    tally = Tally()
+    for worker, images in (("1", [32, 32]), ("2", [32, 1, 31, 36])):  # 1 died in its third batch
+        tally.enter(worker, Held("explain", 0, "a"))
+        for some in images:
+            tally.advance(worker, some)
+    tally.leave("2", 0.5)
+    tally.enter("3", Held("explain", 100, "a"))
+    tally.advance("3", 50)
+    tally.enter("4", Held("explain", 0, "a"))  # what 2 made was lost with its node
+    tally.advance("4", 32)
+    assert tally.get().through == 150
+    for failed in ({"unreadable": 3, "gone": 1}, {"unreadable": 2}):
+        tally.write(0, 100, Counter(failed))
+    counts = tally.write(1, 50, Counter({"unreadable": 1}))
+    assert (counts.written, counts.errors) == (150, {"unreadable": 3})
 
 
 def run(folder: Path, output: Path, network: str, *arguments: str) -> int:

@@ -19,7 +19,18 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from scacam.errors import RunError
 
-__all__ = ["BLANK", "Counts", "Held", "fall", "hold", "shares", "shown", "start_tally", "taken_up"]
+__all__ = [
+    "BLANK",
+    "Counts",
+    "Held",
+    "advance",
+    "fall",
+    "hold",
+    "shares",
+    "shown",
+    "start_tally",
+    "taken_up",
+]
 
 BLANK = -1
 """The image that every block begins with after a death: whoever dies of that dies of none."""
@@ -35,13 +46,13 @@ logger = logging.getLogger("scacam")
 
 
 class Counts(NamedTuple):
-    """The tally at one moment; what was computed twice after a fault is counted twice.
+    """The tally at one moment. An image that was worked on twice, after a fault, counts once.
 
     Attributes:
         through: images that the last network is through with.
         written: images written, errors among them.
         errors: written errors by kind.
-        busy: seconds of work by stage, over all processes.
+        busy: seconds of work by stage, over all processes, work done twice among it.
         wall: seconds since the first block entered a stage.
     """
 
@@ -61,6 +72,7 @@ class Held:
         node: where the process runs, by Ray's id.
         image: the one image that the process looks at, or `BLANK`, if it said so.
         reason: why the process ended itself, if it said so.
+        through: images that it is through with.
     """
 
     stage: str
@@ -68,6 +80,7 @@ class Held:
     node: str
     image: int | None = None
     reason: str | None = None
+    through: int = 0
 
 
 class Tally:
@@ -75,7 +88,9 @@ class Tally:
 
     def __init__(self) -> None:
         """Start at zero."""
-        self.counts = Counts(0, 0, Counter(), Counter(), 0.0)
+        self.busy: Counter[str] = Counter()
+        self.through: dict[int, int] = {}
+        self.shards: dict[int, tuple[int, Counter[str]]] = {}
         self.held: dict[str, Held] = {}
         self.began: float | None = None
 
@@ -107,26 +122,35 @@ class Tally:
         held = self.held.pop(worker)
         for gone in self._others(held):
             del self.held[gone]
-        self.counts.busy[held.stage] += seconds  # type: ignore[assignment]
+        self.busy[held.stage] += seconds  # type: ignore[assignment]
 
     def _others(self, held: Held) -> dict[str, Held]:
         key = held.stage, held.block
         return {worker: one for worker, one in self.held.items() if (one.stage, one.block) == key}
 
-    def advance(self, images: int) -> None:
-        """Note that the last network is through with some images."""
-        self.counts = self.counts._replace(through=self.counts.through + images)
+    def advance(self, worker: str, images: int) -> None:
+        """Note that a process of the last network is through with more images of its block."""
+        held = self.held[worker]
+        held.through += images
+        self.through[held.block] = max(self.through.get(held.block, 0), held.through)
 
-    def write(self, images: int, errors: Counter[str]) -> Counts:
-        """Note that a shard is written; returns the counts so far."""
-        self.counts.errors.update(errors)
-        self.counts = self.counts._replace(written=self.counts.written + images)
+    def write(self, shard: int, images: int, errors: Counter[str]) -> Counts:
+        """Note that a shard is written, perhaps anew; returns the counts so far."""
+        self.shards[shard] = images, errors
         return self.get()
 
     def get(self) -> Counts:
         """The counts so far."""
-        wall = time.monotonic() - self.began if self.began else 0.0
-        return self.counts._replace(wall=wall)
+        errors: Counter[str] = Counter()
+        for _, some in self.shards.values():
+            errors.update(some)
+        return Counts(
+            sum(self.through.values()),
+            sum(images for images, _ in self.shards.values()),
+            errors,
+            self.busy,
+            time.monotonic() - self.began if self.began else 0.0,
+        )
 
 
 def start_tally() -> Any:
@@ -166,7 +190,7 @@ def shown(tally: Any, total: int) -> Iterator[None]:
 
 
 def _line(counts: Counts, total: int, first: tuple[float, int] | None, now: float) -> str:
-    done = min(counts.through, total)
+    done = counts.through
     line = f"{done:,} of {total:,} images ({done / max(total, 1):.0%})"
     if first is None:
         return f"{line}, starting"
@@ -221,6 +245,11 @@ def taken_up(tally: Any, stage: str, batch: pa.Table) -> Iterator[list[Held]]:
 def hold(tally: Any, image: int) -> None:
     """Tell the tally, before it is too late, which image of its block this process looks at."""
     ray.get(tally.hold.remote(_worker(), image))
+
+
+def advance(tally: Any, images: int) -> None:
+    """Tell the tally that the last network is through with some images of this process's block."""
+    tally.advance.remote(_worker(), images)
 
 
 def fall(tally: Any, reason: str) -> None:

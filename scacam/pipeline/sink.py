@@ -86,15 +86,16 @@ class ShardSink(BlockBasedFileDatasink):
             for folder in self.folders:
                 rows = self.unfolded(explained, folder) if len(explained) else explained
                 patiently(partial(self._write_shard, folder, name, rows))
-        self._judge(len(images), errors)
+        self._judge(ctx.task_idx, len(images), errors)
 
     def unfolded(self, images: pa.Table, folder: str) -> pa.Table:
         """The rows of some images that belong into a folder, from the column of that name."""
         return unfolded(images, folder, self.map_shapes)
 
-    def _judge(self, images: int, errors: pa.Table) -> None:
+    def _judge(self, shard: int, images: int, errors: pa.Table) -> None:
         """Give up on a run in which too much fails, before it has gone through all images."""
-        counts = ray.get(self.tally.write.remote(images, Counter(errors["error"].to_pylist())))
+        failures = Counter(errors["error"].to_pylist())
+        counts = ray.get(self.tally.write.remote(shard, images, failures))
         failed = counts.errors.total()
         enough = counts.written >= _ENOUGH_TO_JUDGE
         if enough and failed > self.max_error_rate * (counts.written + self.explained_before):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 import pyarrow as pa
 
-from scacam.pipeline.progress import BLANK, Held, fall, hold
+from scacam.pipeline.progress import BLANK, Held, advance, fall, hold
 from scacam.pipeline.stages.rows import Failure
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ class Holder:
     def advance(self, images: int) -> None:
         """Tell the tally that the last network is through with some images."""
         if self.is_last:
-            self.tally.advance.remote(images)
+            advance(self.tally, images)
 
     def _probe(self, look_at_blank: Callable[[], object]) -> None:
         """Look at a blank image: if that, too, ends the process, no image is to blame."""
