@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from ssl import SSLCertVerificationError
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -19,7 +20,7 @@ import boto3
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from aiohttp import ClientConnectorDNSError
+from aiohttp import ClientConnectorCertificateError, ClientConnectorDNSError
 from moto.server import ThreadedMotoServer
 from pyarrow import fs
 from servers import BUCKET, LIMITED_KEY, ObjectStore, Proxy
@@ -634,6 +635,17 @@ def test_a_host_that_does_not_exist_is_not_waited_for(number, waits):
     with pytest.raises(OSError, match="nowhere") as caught, errors_of_the_store():
         raise ClientConnectorDNSError(host, socket.gaierror(number, "no answer"))
     assert is_transient(caught.value) is waits
+
+
+def test_what_no_patience_mends_is_not_waited_for():
+    """An address that is none, and a certificate that is not to be trusted, as aiohttp says it."""
+    with pytest.raises(OSError, match="http:///a") as caught:
+        read_bytes("http:///a.jpg")
+    assert not is_transient(caught.value)
+    host = SimpleNamespace(host="old.example", port=443, is_ssl=True)
+    with pytest.raises(OSError, match="expired") as caught, errors_of_the_store():
+        raise ClientConnectorCertificateError(host, SSLCertVerificationError("expired"))
+    assert not is_transient(caught.value)
 
 
 @pytest.mark.long

@@ -28,7 +28,7 @@ from scacam.storage.files import OUT_OF_REACH
 
 __all__ = ["Store", "errors_of_the_store", "http_status", "open_store"]
 
-_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5, sock_read=15)
+_TIMEOUT = aiohttp.ClientTimeout(total=300, sock_connect=5, sock_read=15)
 _SETTLING_S = 2.0
 _THREADS = 16
 
@@ -36,6 +36,7 @@ _OUT_OF_REACH = (
     aiohttp.ClientError, BotoConnectionError, HTTPClientError, MetadataRetrievalError,
     ResponseParserError, TimeoutError,
 )  # fmt: skip
+_WRONG = aiohttp.InvalidURL, aiohttp.ClientConnectorCertificateError
 _NOT_ALLOWED = (
     NoCredentialsError, PartialCredentialsError, TokenRetrievalError, UnauthorizedSSOTokenError,
 )  # fmt: skip
@@ -192,7 +193,8 @@ def _kind(error: Exception) -> type[OSError]:
         return PermissionError
     if status in (408, 429) or (status >= 500 and status != 501):
         return ConnectionError
-    return ConnectionError if not status and isinstance(error, _OUT_OF_REACH) else OSError
+    passing = isinstance(error, _OUT_OF_REACH) and not isinstance(error, _WRONG)
+    return ConnectionError if passing and not status else OSError
 
 
 def http_status(error: Any) -> int:

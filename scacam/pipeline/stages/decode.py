@@ -34,6 +34,12 @@ _TOGETHER = 128
 _PIXELS_TOGETHER = 1 << 26
 """Of JPEGs that a GPU decodes at once, with 3 bytes for each: little of what a GPU has."""
 
+_FOR_ONE = 0.25
+"""The share of the patience with a store that one image gets, if the store gives others."""
+
+_given: dict[str, str] = {}
+"""By bucket, or for the whole web, the uri of the image that this process could read last."""
+
 
 @dataclass(frozen=True)
 class Decode:
@@ -207,9 +213,8 @@ class _Reader:
     """Reads images; its patience with a store that fails is shared by all reads of a block."""
 
     def __init__(self) -> None:
-        self.deadline: float | None = None
-        self.given: str | None = None
-        """The uri of an image of the block that could be read."""
+        self.deadlines: dict[str, float] = {}
+        """Of stores that gave nothing since they failed."""
 
     def read(self, group: Sequence[Place]) -> Sequence[bytes | ImageError]:
         """The bytes of images that are one group of `together`, or why they cannot be had."""
@@ -224,10 +229,11 @@ class _Reader:
         """The same, as far as all can be had.
 
         Raises:
-            RunError: the store is out of reach: for `PATIENCE_S` it gave nothing, and it no longer
-                gives what it gave before, if it gave anything.
+            RunError: the store is out of reach: for `PATIENCE_S` it gave nothing.
         """
-        wait = 0.5
+        uri, wait = group[0].uri, 0.5
+        store = _store(uri)
+        given_up: float | None = None
         while True:
             try:
                 content = read_together(group)
@@ -239,27 +245,46 @@ class _Reader:
                 if not is_transient(error):
                     return ImageError("unreadable", str(error) or type(error).__name__)
                 now = time.monotonic()
-                self.deadline = self.deadline or now + PATIENCE_S
-                if now + wait > self.deadline:
-                    if self._is_out():
+                given_up = given_up or now + _FOR_ONE * PATIENCE_S
+                deadline = self.deadlines.setdefault(store, now + PATIENCE_S)
+                if now + wait > min(given_up, deadline):
+                    if not _is_out(uri):
+                        return ImageError("unreadable", str(error))
+                    if now + wait > deadline:
                         raise RunError(
                             f"the input has been out of reach for {PATIENCE_S:g} s: {error}"
                         ) from error
-                    return ImageError("unreadable", str(error))
                 time.sleep(wait)
                 wait = min(2 * wait, 10.0)
             else:
-                self.deadline = None
-                self.given = group[0].uri
+                self.deadlines.pop(store, None)
+                _given[_whole(store)] = uri
                 return content
 
-    def _is_out(self) -> bool:
-        """Whether the store no longer gives what it gave before, if it gave anything."""
-        if self.given is None:
-            return True
-        container, _, _ = self.given.rpartition("::")
-        try:
-            read_bytes(container or self.given, 0, 1)
-        except Exception as error:
-            return is_transient(error)
-        return False
+
+def _store(uri: str) -> str:
+    """The bucket or host of an image; the local disk has no name."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}://{rest.partition('/')[0]}" if separator else ""
+
+
+def _whole(store: str) -> str:
+    """What is out of reach as one: a bucket, but of the web no single host, only all of it."""
+    return "http" if store.startswith("http") else store
+
+
+def _is_out(uri: str) -> bool:
+    """Whether what holds an image no longer gives what it gave before.
+
+    Where it never gave anything a bucket is out of reach, and a host of the web is not there.
+    """
+    whole = _whole(_store(uri))
+    given = _given.get(whole)
+    if given is None:
+        return whole != "http"
+    container, _, _ = given.rpartition("::")
+    try:
+        read_bytes(container or given, 0, 1)
+    except Exception as error:
+        return is_transient(error)
+    return False
