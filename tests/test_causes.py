@@ -10,7 +10,7 @@ from ray import cloudpickle
 from ray.data.datasource import BlockBasedFileDatasink
 
 from scacam.errors import RunError
-from scacam.pipeline.cluster import await_nodes, root_cause, start_ray
+from scacam.pipeline.cluster import await_nodes, own_cores, root_cause, start_ray
 
 cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers do not find the tests
 
@@ -113,3 +113,23 @@ def test_gpus_that_cannot_come_are_not_waited_for():
     assert await_nodes(None) == int(ray.cluster_resources().get("GPU", 0))
     with pytest.raises(RunError, match=r"^the cluster has \d+ of 1000 GPUs; .*--gpus \d+ does"):
         await_nodes(1000)
+
+
+@pytest.mark.parametrize(
+    ("files", "cores"),
+    [
+        ({"cpu.max": "150000 100000\n"}, 2),
+        ({"cpu.max": "max 100000\n"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "400000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 4),
+        ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, 8),
+        ({}, 8),
+    ],
+)
+def test_a_container_has_the_cores_that_it_was_given(tmp_path, monkeypatch, files, cores):
+    """Of a machine of 64, on which a batch job may use 8."""
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    (tmp_path / "cpu").mkdir()
+    for name, said in files.items():
+        (tmp_path / name).write_text(said)
+    assert own_cores(tmp_path) == cores

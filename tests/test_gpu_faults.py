@@ -19,9 +19,10 @@ from scacam.errors import RunError
 from scacam.jobs.command import run_job
 from scacam.methods import METHODS
 from scacam.pipeline.cluster import root_cause, start_ray
-from scacam.pipeline.progress import Held, Tally, start_tally, taken_up
+from scacam.pipeline.progress import start_tally, taken_up
 from scacam.pipeline.stages.decode import Decode
 from scacam.pipeline.stages.explain import Explain
+from scacam.pipeline.stages.holder import Holder
 from scacam.pipeline.stages.rows import said
 from tests.faulty_networks import ILLEGAL
 from tests.tiny_networks import colours, greedy
@@ -123,52 +124,14 @@ def test_a_lost_gpu_is_not_a_lack_of_memory(with_white, error):
     assert sizes == [12]
 
 
-@pytest.fixture
-def nodes(monkeypatch) -> dict[str, bool]:
-    """Two nodes of no cluster, and whether each is alive."""
-    found = {"a": True, "b": True}
-    seen = lambda: [{"NodeID": node, "Alive": alive} for node, alive in found.items()]  # noqa: E731
-    monkeypatch.setattr(ray, "nodes", seen)
-    return found
+def test_an_actor_that_was_given_no_gpu_uses_none(monkeypatch):
+    """`--gpus 0` on a machine with GPUs: Ray leaves them visible to all that ask for none."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    start_ray()
 
-
-def test_deaths_are_counted_and_not_visits(nodes):
-    tally = Tally()
-
-    def enter(worker: str, node: str, block: int = 0) -> int:
-        return len(tally.enter(worker, Held("explain", block, node)))
-
-    assert enter("1", "a") == 0
-    tally.leave("1", 0.5)
-    assert enter("2", "a") == 0  # what it made was lost with a node: a visit
-    assert enter("2", "a", block=512) == 0
-    assert enter("3", "b", block=512) == 1  # 2 is dead, and its node is not
-    tally.hold("3", 700)
-    nodes["b"] = False
-    assert enter("4", "a", block=512) == 1  # 3 went down with its node
-    nodes["b"] = True
-    assert [one.image for one in tally.enter("5", Held("explain", 512, "a"))] == [None, 700, None]
-    tally.leave("5", 0.5)
-    assert enter("6", "a", block=512) == 0
-    assert tally.get().busy == {"explain": 1.0}
-
-
-def test_what_is_done_twice_is_counted_once(nodes):
-    tally = Tally()
-    for worker, images in (("1", [32, 32]), ("2", [32, 1, 31, 36])):  # 1 died in its third batch
-        tally.enter(worker, Held("explain", 0, "a"))
-        for some in images:
-            tally.advance(worker, some)
-    tally.leave("2", 0.5)
-    tally.enter("3", Held("explain", 100, "a"))
-    tally.advance("3", 50)
-    tally.enter("4", Held("explain", 0, "a"))  # what 2 made was lost with its node
-    tally.advance("4", 32)
-    assert tally.get().through == 150
-    for failed in ({"unreadable": 3, "gone": 1}, {"unreadable": 2}):
-        tally.write(0, 100, Counter(failed))
-    counts = tally.write(1, 50, Counter({"unreadable": 1}))
-    assert (counts.written, counts.errors) == (150, {"unreadable": 3})
+    arguments = {"sampling": 0, "bfloat16": False, "last_use": True, "batch_size": None}
+    holder = Holder(colours, **arguments, is_last=True, tally=start_tally())
+    assert (holder.device.type, holder.batch_size) == ("cpu", 16)
 
 
 def run(folder: Path, output: Path, network: str, *arguments: str) -> int:

@@ -6,8 +6,9 @@ import shutil
 import tarfile
 import threading
 from datetime import timedelta
+from functools import partial
 from http.client import HTTPConnection
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler, SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,7 +25,7 @@ from scacam.errors import ImageError, RunError
 from scacam.images import Preprocessing, see
 from scacam.inputs.manifest import read_manifest
 from scacam.localization import localize
-from scacam.pipeline.checkpoint import checkpoint, images_of
+from scacam.pipeline.checkpoint import checkpoint, done_before, images_of
 from scacam.pipeline.cluster import start_ray
 from scacam.pipeline.progress import start_tally
 from scacam.pipeline.sink import ShardSink
@@ -193,6 +194,7 @@ def test_the_images_of_a_run_are_those_that_its_checkpoint_does_not_have(tmp_pat
     pq.write_table(
         pa.table({"image_id": pa.array(done, pa.int64())}), tmp_path / ".checkpoint/0.parquet"
     )
+    assert done_before(str(tmp_path)) == len(done)
     context = ray.data.DataContext.get_current()
     context.checkpoint_config = checkpoint(str(tmp_path))
     try:
@@ -314,3 +316,51 @@ def test_a_store_that_is_out_stops_the_job(store, photo_folder, monkeypatch, giv
     with pytest.raises(RunError, match="out of reach for 2 s"):
         Decode([SMALL], "center_crop", None)(manifest(uris))
     assert len(seen) < len(uris)
+
+
+class Web:
+    """A web server for a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        class Quiet(SimpleHTTPRequestHandler):
+            def log_message(self, *_):
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=folder))
+        self.url = f"http://127.0.0.1:{self.server.server_port}"
+        threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def stop(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def web(photo_folder, monkeypatch):
+    monkeypatch.setattr(decode, "PATIENCE_S", 4.0)
+    monkeypatch.setattr(decode, "_given", {})
+    found = Web(photo_folder(40))
+    yield found
+    found.stop()
+
+
+DEAD = ["http://127.0.0.1:9/a.jpg", "http://localhost:9/a.jpg"]
+
+
+@pytest.mark.parametrize("good", [0, 5, 40])
+def test_hosts_that_are_gone_are_rows(web, photo_folder, good):
+    """Also where a block has nothing else, and then before and after others."""
+    uris = [f"{web.url}/{path.name}" for path in sorted(photo_folder(good).glob("photo*"))[:good]]
+    listed = [*DEAD * 20, *uris, *DEAD]
+    dead = [row for row, uri in enumerate(listed) if uri in DEAD]
+    block = Decode([SMALL], "center_crop", None)(manifest(listed))
+    assert failures(block) == dict.fromkeys(dead, ("read", "unreadable"))
+
+
+def test_a_web_that_is_gone_stops_the_job(web, photo_folder):
+    uris = [f"{web.url}/{path.name}" for path in sorted(photo_folder(40).glob("photo*"))]
+    stage = Decode([SMALL], "center_crop", None)
+    assert not failures(stage(manifest(uris[:20])))
+    web.stop()
+    with pytest.raises(RunError, match="out of reach for 4 s"):
+        stage(manifest([*DEAD, *uris[20:]]))

@@ -1,7 +1,6 @@
 """The dry run: what a job would do, how long it would take and how large its output would be."""
 
 import io
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from scacam.errors import RunError
 from scacam.inputs.containers import read_image
 from scacam.networks import Network
-from scacam.pipeline.cluster import keep_freed_memory
+from scacam.pipeline.cluster import keep_freed_memory, own_cores
 from scacam.pipeline.stages.decode import Decode, DecodeOnGpu
 from scacam.pipeline.stages.explain import Explain
 from scacam.pipeline.stages.localize import Localize
@@ -187,7 +186,7 @@ def estimate(
         feeding=feeding,
         explaining=explaining,
         sampled=len(rows),
-        cores=os.cpu_count() or 1,
+        cores=own_cores(),
         gpus=gpus,
     )
 

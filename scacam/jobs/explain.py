@@ -35,6 +35,7 @@ from scacam.jobs.options import (
 from scacam.methods import DEFAULT_METHODS, METHODS
 from scacam.networks import Network
 from scacam.pipeline.allotments import allot
+from scacam.pipeline.checkpoint import done_before
 from scacam.pipeline.cluster import await_nodes, ray_starting, start_ray
 from scacam.pipeline.stream import explain, speed, stages
 from scacam.pipeline.tasks import in_tasks
@@ -248,8 +249,9 @@ def explain_all(
     costs = [seconds_per_image(network) for network in networks]
     start_ray()
     gpus = await_nodes(options.gpus)
-    allotments = allot(costs, gpus, record["images"], options.gpu_decode)
-    counts = explain(options, record, networks, costs, allotments)
+    done = done_before(options.output)
+    allotments = allot(costs, gpus, images - done, options.gpu_decode)
+    counts = explain(options, record, networks, costs, allotments, done)
     proof = prove(options.output, record["networks"], images, record["embeddings"])
     seconds = time.monotonic() - started
     record |= {

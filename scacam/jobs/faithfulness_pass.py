@@ -1,7 +1,6 @@
 """A pass over the maps of a finished run: what is tried, its record, its stream, its proof."""
 
 import logging
-import os
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
@@ -17,7 +16,8 @@ from scacam.jobs.options import seconds_per_image
 from scacam.methods import METHODS as CAMS
 from scacam.networks import Network, load_network
 from scacam.pipeline.allotments import allot
-from scacam.pipeline.cluster import await_nodes, keep_freed_memory, start_ray
+from scacam.pipeline.checkpoint import done_before
+from scacam.pipeline.cluster import await_nodes, keep_freed_memory, own_cores, start_ray
 from scacam.pipeline.faithfulness import stages, try_all
 from scacam.pipeline.stages.trial import Try
 from scacam.runs.describe import describe_run
@@ -68,7 +68,7 @@ class Task(NamedTuple):
         """The stages of its stream, as `pipeline.faithfulness.stages`."""
         config = self.run.config
         arguments = {
-            "top_k": min([config["top_k"], *(network.num_classes for network in self.networks)]),
+            "top_k": config["top_k"],
             "metrics": self.metrics,
             "steps": self.steps,
             "bfloat16": config.get("bfloat16", False),
@@ -174,9 +174,9 @@ def tried(task: Task, record: dict[str, Any]) -> dict[str, Any]:
         seconds_per_image(network) * passes(task.metrics, len(claimants), task.steps)
         for network, claimants in zip(task.networks, task.claimants, strict=True)
     ]
-    images = len(task.manifest)
-    allotments = allot(costs, gpus, images).networks
-    try_all(task.folder, images, task.networks, task.stages, costs, allotments)
+    images, done = len(task.manifest), done_before(join(task.folder, PASS))
+    allotments = allot(costs, gpus, images - done).networks
+    try_all(task.folder, images, done, task.networks, task.stages, costs, allotments)
     shown = {
         network.name: len(claimants) + len(BASELINES)
         for network, claimants in zip(task.networks, task.claimants, strict=True)
@@ -220,6 +220,6 @@ def estimated(task: Task) -> Estimate:
         feeding={"decode": decoding},
         explaining=trying,
         sampled=len(rows),
-        cores=os.cpu_count() or 1,
+        cores=own_cores(),
         gpus=gpus,
     )

@@ -25,7 +25,7 @@ from scacam.storage import join, locate, read_ahead
 from scacam.storage.parquet import read_columns
 from scacam.tables import SHARDED
 
-__all__ = ["checkpoint", "images_of"]
+__all__ = ["checkpoint", "done_before", "images_of"]
 
 _PENDING = ".pending.parquet"
 _ROWS_AT_ONCE = 1 << 16
@@ -118,17 +118,10 @@ class Checkpoint(CheckpointManager):
         data_file_filesystem: fs.FileSystem | None = None,
     ) -> tuple[Any, int]:
         """The sorted ids of the images that are done, as a reference, and how many bytes."""
-        selector = fs.FileSelector(self.checkpoint_path, allow_not_found=True)
-        files = [info.path for info in self.filesystem.get_file_info(selector) if info.is_file]
-        pending = [path for path in files if path.endswith(_PENDING)]
-        done = [path for path in files if not path.endswith(_PENDING)]
+        pending, done = _files(self.filesystem, self.checkpoint_path)
         if data_file_dir is not None:
             self._undo(pending, done, data_file_dir)
-
-        def read(path: str) -> np.ndarray:
-            return read_columns(self.filesystem, path, [ID])[ID].to_numpy()
-
-        parts = list(read_ahead(read, done))
+        parts = list(_ids(self.filesystem, done))
         if not parts:
             return None, 0
         ids = np.sort(np.concatenate(parts))
@@ -149,6 +142,25 @@ class Checkpoint(CheckpointManager):
                     self.filesystem.delete_file(info.path)
         for path in pending:
             self.filesystem.delete_file(path)
+
+
+def done_before(output: str) -> int:
+    """How many images of a run are done before it is continued."""
+    filesystem, path = locate(checkpoint_path(output))
+    _, done = _files(filesystem, path)
+    return sum(map(len, _ids(filesystem, done)))
+
+
+def _files(filesystem: fs.FileSystem, path: str) -> tuple[list[str], list[str]]:
+    """The files of a checkpoint: of tasks that were cut off, and of those that are done."""
+    selector = fs.FileSelector(path, allow_not_found=True)
+    files = [info.path for info in filesystem.get_file_info(selector) if info.is_file]
+    pending = [path for path in files if path.endswith(_PENDING)]
+    return pending, [path for path in files if not path.endswith(_PENDING)]
+
+
+def _ids(filesystem: fs.FileSystem, done: list[str]) -> Iterator[np.ndarray]:
+    return read_ahead(lambda path: read_columns(filesystem, path, [ID])[ID].to_numpy(), done)
 
 
 def _name(path: str) -> str:

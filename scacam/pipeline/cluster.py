@@ -3,13 +3,16 @@
 import ctypes
 import itertools
 import logging
+import math
 import os
 import re
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -27,6 +30,7 @@ __all__ = [
     "await_nodes",
     "cores",
     "keep_freed_memory",
+    "own_cores",
     "ray_starting",
     "root_cause",
     "share",
@@ -109,7 +113,7 @@ def _init() -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # its warnings are for operators
-        cpus = max(os.cpu_count() or 1, _EMBEDDED_CPUS_MIN)
+        cpus = max(own_cores(), _EMBEDDED_CPUS_MIN)
         ray.init(address="local", num_cpus=cpus, include_dashboard=False, **quiet)
     logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # its errors are raised as well
 
@@ -150,7 +154,11 @@ def await_nodes(gpus: int | None) -> int:
             request_resources(bundles=[])
     there = int(ray.cluster_resources().get("GPU", 0))
     if gpus is None and grows:
-        logger.info("%d GPUs are there; --gpus N waits for N", there)
+        logger.info(
+            "%d GPUs and %d cores are there, and the run is made for these; --gpus N waits for N",
+            there,
+            cores(),
+        )
     return there if gpus is None else gpus
 
 
@@ -176,7 +184,24 @@ def cores() -> int:
     cpus = int(ray.cluster_resources().get("CPU", 1))
     # An embedded Ray may have been given more logical CPUs than there are cores.
     nodes = ray.nodes()
-    return min(cpus, os.cpu_count() or 1) if len(nodes) == 1 else cpus
+    return min(cpus, own_cores()) if len(nodes) == 1 else cpus
+
+
+def own_cores(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """The cores that this process may use: of a container or a batch job, not of its machine.
+
+    Args:
+        cgroup: where Linux tells of the control group, in version 2 or 1.
+    """
+    allowed = (
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
+    for names in (("cpu.max",), ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")):
+        with suppress(OSError, ValueError):  # no such file, or "max"
+            quota, period = " ".join((cgroup / name).read_text() for name in names).split()
+            if int(quota) > 0:
+                return min(len(allowed), math.ceil(int(quota) / int(period)))
+    return len(allowed)
 
 
 def share(network: "Network") -> "Callable[[], Network]":

@@ -64,6 +64,7 @@ def stages(
 def try_all(
     metrics: str,
     images: int,
+    done: int,
     networks: "Sequence[Network]",
     made: Callable[[Any], tuple[Decode, list[dict[str, Any]]]],
     costs: Sequence[float],
@@ -74,6 +75,7 @@ def try_all(
     Args:
         metrics: `OUT/metrics`, absolute, below which the pass is.
         images: how many it has.
+        done: of these, how many were done before.
         networks: the networks.
         made: `stages`, given the tally.
         costs: seconds that an image takes each network on one core.
@@ -81,11 +83,12 @@ def try_all(
     """
     tally = start_tally()
     decode, pools = made(tally)
-    rows = rows_per_shard(images, bytes_per_image(decode.samplings), costs, allotments)
-    prepare(checkpoint(join(metrics, PASS), _Checkpoint))
+    left = max(1, images - done)
+    rows = rows_per_shard(left, bytes_per_image(decode.samplings), costs, allotments)
+    prepare(checkpoint(join(metrics, PASS), _Checkpoint), costs)
     stream = images_of(join(metrics, PASS), TASK_CPUS, images, rows)
     stream = stream.map_batches(decode, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS)
-    stream = chained(stream, Try, networks, pools, allotments, images, rows)
+    stream = chained(stream, Try, networks, pools, allotments, left, rows)
     folders = dict.fromkeys((images_folder(network.name) for network in networks), (0, 0))
     sink = _Sink(metrics, folders, tally, max_error_rate=1.0)
-    return write(stream, sink, tally, images)
+    return write(stream, sink, tally, images, done)

@@ -88,7 +88,7 @@ class Tally:
 
     def __init__(self) -> None:
         """Start at zero."""
-        self.busy: Counter[str] = Counter()
+        self.counts = Counts(0, 0, Counter(), Counter(), 0.0)
         self.through: dict[int, int] = {}
         self.shards: dict[int, tuple[int, Counter[str]]] = {}
         self.held: dict[str, Held] = {}
@@ -122,7 +122,7 @@ class Tally:
         held = self.held.pop(worker)
         for gone in self._others(held):
             del self.held[gone]
-        self.busy[held.stage] += seconds  # type: ignore[assignment]
+        self.counts.busy[held.stage] += seconds  # type: ignore[assignment]
 
     def _others(self, held: Held) -> dict[str, Held]:
         key = held.stage, held.block
@@ -132,25 +132,24 @@ class Tally:
         """Note that a process of the last network is through with more images of its block."""
         held = self.held[worker]
         held.through += images
-        self.through[held.block] = max(self.through.get(held.block, 0), held.through)
+        before = self.through.get(held.block, 0)
+        self.through[held.block] = after = max(before, held.through)
+        self.counts = self.counts._replace(through=self.counts.through + after - before)
 
     def write(self, shard: int, images: int, errors: Counter[str]) -> Counts:
         """Note that a shard is written, perhaps anew; returns the counts so far."""
+        images_before, errors_before = self.shards.get(shard, (0, Counter()))
         self.shards[shard] = images, errors
+        self.counts = self.counts._replace(
+            written=self.counts.written + images - images_before,
+            errors=self.counts.errors + errors - errors_before,
+        )
         return self.get()
 
     def get(self) -> Counts:
         """The counts so far."""
-        errors: Counter[str] = Counter()
-        for _, some in self.shards.values():
-            errors.update(some)
-        return Counts(
-            sum(self.through.values()),
-            sum(images for images, _ in self.shards.values()),
-            errors,
-            self.busy,
-            time.monotonic() - self.began if self.began else 0.0,
-        )
+        wall = time.monotonic() - self.began if self.began else 0.0
+        return self.counts._replace(wall=wall)
 
 
 def start_tally() -> Any:
@@ -160,8 +159,14 @@ def start_tally() -> Any:
 
 
 @contextmanager
-def shown(tally: Any, total: int) -> Iterator[None]:
-    """Show the progress of the job that runs inside this context on standard error."""
+def shown(tally: Any, total: int, before: int = 0) -> Iterator[None]:
+    """Show the progress of the job that runs inside this context on standard error.
+
+    Args:
+        tally: the actor.
+        total: images of the run.
+        before: of these, done before this job.
+    """
     finished = threading.Event()
     terminal = sys.stderr.isatty()
 
@@ -169,8 +174,9 @@ def shown(tally: Any, total: int) -> Iterator[None]:
         first: tuple[float, int] | None = None
         while not finished.wait(_ON_TERMINAL_S if terminal else _IN_LOG_S):
             counts = ray.get(tally.get.remote())
+            counts = counts._replace(through=before + counts.through)
             now = time.monotonic()
-            if first is None and counts.through:
+            if first is None and counts.through > before:
                 first = now, counts.through
             line = _line(counts, total, first, now)
             if terminal:

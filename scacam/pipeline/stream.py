@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 __all__ = ["explain", "prepare", "speed", "stages", "write"]
 
 _STALLED_S = 900
+_SLOWER = 10
+"""How many times longer than it should an image may take, before that passes for a standstill."""
 
 
 def stages(
@@ -70,11 +72,16 @@ def stages(
     return decode, pools, localize
 
 
-def prepare(checkpoint: CheckpointConfig) -> None:
-    """Set Ray Data's context for a stream that can be continued: no wait without end, no bars."""
+def prepare(checkpoint: CheckpointConfig, costs: Sequence[float]) -> None:
+    """Set Ray Data's context for a stream that can be continued: no wait without end, no bars.
+
+    Args:
+        checkpoint: of what is done.
+        costs: seconds that an image takes each network on one core.
+    """
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    context.execution_no_progress_timeout_s = _STALLED_S
+    context.execution_no_progress_timeout_s = max(_STALLED_S, int(_SLOWER * max(costs)))
     if OUT_OF_REACH not in context.retried_io_errors:
         context.retried_io_errors.append(OUT_OF_REACH)
     context.checkpoint_config = checkpoint
@@ -86,8 +93,9 @@ def explain(
     networks: Sequence["Network"],
     costs: Sequence[float],
     allotments: Allotments,
+    done: int,
 ) -> Counts:
-    """Stream the images that are not done yet through the networks into the shards.
+    """Stream the images that are not done yet, all but so many, through the networks into shards.
 
     The pools are chained, and the pixels travel along until their last use: so each image is read
     and decoded once, and nothing waits for the whole collection. Decoding has a pool as well where
@@ -98,9 +106,10 @@ def explain(
     decode, pools, localize = stages(options, networks, tally)
     image_bytes = bytes_per_image(decode.samplings)
     images = record["images"]
-    rows = rows_per_shard(images, image_bytes, costs, allotments.networks)
+    left = max(1, images - done)
+    rows = rows_per_shard(left, image_bytes, costs, allotments.networks)
 
-    prepare(checkpoint(output))
+    prepare(checkpoint(output), costs)
     stream = images_of(output, TASK_CPUS, images, rows)
     if allotments.decoding is None:
         stream = stream.map_batches(
@@ -110,9 +119,9 @@ def explain(
         stream = stream.map_batches(
             type(decode),
             fn_constructor_args=(decode.samplings, decode.view, decode.tally),
-            **pool(allotments.decoding, images, rows),
+            **pool(allotments.decoding, left, rows),
         )
-    stream = chained(stream, Explain, networks, pools, allotments.networks, images, rows)
+    stream = chained(stream, Explain, networks, pools, allotments.networks, left, rows)
     stream = stream.map_batches(
         localize, batch_size=None, batch_format="pyarrow", num_cpus=TASK_CPUS
     )
@@ -125,16 +134,23 @@ def explain(
         record.get("explained", 0),  # by a complete run, whose errors are tried again
         [folder(network.name) for network in networks for folder in further],
     )
-    return write(stream, sink, tally, images)
+    return write(stream, sink, tally, images, done)
 
 
-def write(stream: ray.data.Dataset, sink: ShardSink, tally: Any, images: int) -> Counts:
-    """Run a stream of so many images into its sink; returns what the tally counted.
+def write(stream: ray.data.Dataset, sink: ShardSink, tally: Any, images: int, done: int) -> Counts:
+    """Run a stream of images into its sink; returns what the tally counted.
+
+    Args:
+        stream: of those that are not done yet.
+        sink: where they go.
+        tally: the `progress.Tally` actor.
+        images: how many the run has.
+        done: of these, how many were done before.
 
     Raises:
         RunError: it was stopped, whatever by; what is written stays, to be continued.
     """
-    with shown(tally, images):
+    with shown(tally, images, done):
         try:
             stream.write_datasink(sink, ray_remote_args={"num_cpus": TASK_CPUS})
         except Exception as error:

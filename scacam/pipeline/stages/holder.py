@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import ray
 
 from scacam.pipeline.progress import BLANK, Held, advance, fall, hold
 from scacam.pipeline.stages.rows import Failure
@@ -68,7 +69,7 @@ class Holder:
         gc.disable()  # what torch makes as it loads is no garbage, and there is much of it
         self.network = load()
         gc.enable()
-        self.device, self.batch_size = _settle(self.network, batch_size)
+        self.device, self.batch_size = _settle(self.network, batch_size, tally is not None)
         if bfloat16:
             self.network.module.bfloat16()
         self.sampling = sampling
@@ -172,19 +173,23 @@ def leave_lost_gpu(error: Exception, tally: Any) -> None:
         os._exit(1)
 
 
-def _settle(network: "Network", batch_size: int | None) -> "tuple[torch.device, int]":
+def _settle(
+    network: "Network", batch_size: int | None, in_pool: bool
+) -> "tuple[torch.device, int]":
     """Move a network to where this process runs it.
 
     Args:
         network: the network.
         batch_size: how many images to run at once; None for what suits the device.
+        in_pool: whether this process is an actor, which sees each GPU but may have been given none.
 
     Returns:
         The device, and how many images to run at once.
     """
     import torch
 
-    if torch.cuda.is_available():
+    given = not in_pool or ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    if given and torch.cuda.is_available():
         device = torch.device("cuda")
     else:
         device = torch.device("cpu")

@@ -48,7 +48,7 @@ class Try(Holder):
             load: gets the network.
             run: the run whose maps are tried.
             claimants: those of this network whose maps are tried.
-            top_k: how many classes of each image the run has.
+            top_k: how many classes of each image the run has, of networks with so many.
             metrics: names of metrics.
             steps: of the curves of deletion and insertion.
             more: as `Holder` takes it.
@@ -59,7 +59,7 @@ class Try(Holder):
         super().__init__(load, **more)
         self.run = open_run(run)
         self.claimants = claimants
-        self.top_k = top_k
+        self.top_k = min(top_k, self.network.num_classes)
         tried = [Tried(one.name, one.method, one.layer) for one in claimants]
         self.trials = Trials(self.network, tried, metrics, steps, self.batch_size)
 
