@@ -1,6 +1,7 @@
 """What is said of an error in a worker, as Ray hands it to the driver."""
 
 import os
+import subprocess
 import sys
 
 import pytest
@@ -133,3 +134,15 @@ def test_a_container_has_the_cores_that_it_was_given(tmp_path, monkeypatch, file
     for name, said in files.items():
         (tmp_path / name).write_text(said)
     assert own_cores(tmp_path) == cores
+
+
+def test_a_process_that_ends_early_lets_ray_start_first():
+    """Ended while it starts, Ray crashes now and then, and the exit code is no longer the job's."""
+    program = (
+        "import atexit\n"
+        "from scacam.pipeline.cluster import ray_starting\n"
+        "atexit.register(lambda: print(started.__self__.done()))  # the last but for Ray's own\n"
+        "started = ray_starting()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (0, "True\n"), ended.stderr

@@ -1,5 +1,6 @@
 """Ray: where the job runs, and what of it each network gets."""
 
+import atexit
 import ctypes
 import itertools
 import logging
@@ -90,6 +91,7 @@ def ray_starting() -> Callable[[], object]:
     if _started is None or (_started.done() and not ray.is_initialized()):
         _started = Future()
         threading.Thread(target=_start, args=(_started,), daemon=True).start()
+        atexit.register(_started.exception)  # waits: to end a Ray that is half there may crash
     return _started.result
 
 
