@@ -184,7 +184,7 @@ class JobServer:
         self._nodes: list[subprocess.Popen[bytes]] = []
         self._gcs, client, dashboard = free_ports(3)
         self.url = f"http://127.0.0.1:{dashboard}"
-        head = ["--head", "--num-cpus=0", f"--temp-dir={self._folder}", f"--port={self._gcs}"]
+        head = ["--head", "--num-cpus=0", f"--port={self._gcs}"]
         head += [f"--ray-client-server-port={client}"]
         self._begin(*head, f"--dashboard-port={dashboard}", "--dashboard-host=127.0.0.1")
         time.sleep(10)  # until the agent that takes jobs has registered
@@ -200,7 +200,9 @@ class JobServer:
     def _begin(self, *arguments: str) -> None:
         wanted = self._alive() + 1
         for _ in range(3):
-            command = [*self._start, *arguments]
+            # As on machines of their own: in a common folder a node deletes the working folders of
+            # running jobs, to unpack them anew.
+            command = [*self._start, *arguments, f"--temp-dir={self._folder / str(wanted)}"]
             command += [f"--dashboard-agent-listen-port={free_ports(1)[0]}"]
             with (self._folder / "log").open("ab") as log:
                 node = subprocess.Popen(  # not from the checkout, which a job may bring with it
