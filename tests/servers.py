@@ -178,6 +178,7 @@ class JobServer:
     def __init__(self, programs: Path) -> None:
         self.environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
         self.environment["RAY_AUTH_MODE"] = "disabled"
+        self.environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"
         self._folder = Path(tempfile.mkdtemp(dir="/tmp"))  # Ray's sockets bear no longer path
         self._start = [str(programs / "python"), "-m", "ray.scripts.scripts", "start", "--block"]
         self._start.append("--disable-usage-stats")
@@ -198,7 +199,7 @@ class JobServer:
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _begin(self, *arguments: str) -> None:
-        wanted = self._alive() + 1
+        wanted = len(self._nodes) + 1
         for _ in range(3):
             # As on machines of their own: in a common folder a node deletes the working folders of
             # running jobs, to unpack them anew.

@@ -4,8 +4,9 @@ import time
 from collections.abc import Iterator
 
 import pytest
+from clusters import cluster_of, heard, join
 from ray.cluster_utils import Cluster
-from test_faults import ended, photos, shards_in, start
+from test_faults import photos, shards_in, start
 
 pytestmark = pytest.mark.long
 
@@ -15,9 +16,8 @@ __all__ = ["photos"]  # a fixture
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head without CPUs, as `ray up` leaves it at first."""
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0})
-    yield cluster
-    cluster.shutdown()
+    with cluster_of(0) as found:
+        yield found
 
 
 def test_a_job_waits_for_the_nodes_it_was_promised(cluster, photos, tmp_path):
@@ -27,13 +27,13 @@ def test_a_job_waits_for_the_nodes_it_was_promised(cluster, photos, tmp_path):
         *("--networks", "tests.tiny_networks:colours"),
         environment={"RAY_ADDRESS": cluster.address},
     )
-    time.sleep(10)
-    cluster.add_node(num_cpus=2)
+    said = heard(process, "no node of the cluster has 2 CPUs")
+    join(cluster, num_cpus=2)
     time.sleep(10)
     assert process.poll() is None
     assert not shards_in(str(tmp_path / "out"))
-    cluster.add_node(num_cpus=2, num_gpus=1)
-    said = ended(process)
-    assert "no node of the cluster has 2 CPUs" in said
-    assert "the cluster has 0 of 1 GPUs" in said or "waiting for nodes to join" in said
+    join(cluster, num_cpus=2, num_gpus=1)
+    said += process.stdout.read()
+    assert process.wait() == 0, said
+    assert "waiting for nodes to join" in said
     assert "12 of 12 images explained" in said

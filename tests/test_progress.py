@@ -66,8 +66,9 @@ def test_a_continued_run_shows_what_was_done(monkeypatch, caplog):
     tally = start_tally()
     ray.get(tally.enter.remote("1", Held("explain", 0, "a")))
     with caplog.at_level(logging.INFO, "scacam"), shown(tally, 66, 34):
-        time.sleep(0.5)
+        while not caplog.messages:
+            time.sleep(0.05)
         ray.get(tally.advance.remote("1", 16))
-        time.sleep(1.0)
+        while not caplog.messages[-1].startswith("50 of 66 images (76%)"):
+            time.sleep(0.05)
     assert caplog.messages[0] == "34 of 66 images (52%), starting"
-    assert caplog.messages[-1].startswith("50 of 66 images (76%)")

@@ -356,9 +356,9 @@ def test_a_renewal_that_was_not_answered_is_no_loss(store, monkeypatch):
     monkeypatch.setattr("scacam.runs.lock._RENEWAL_S", 0.1)
     output = f"s3://{BUCKET}/unanswered"
     with locked(output):
-        for _ in range(5):
+        for _ in range(3):
             write_bytes(f"{output}/.lock", read_bytes(f"{output}/.lock") + b"again")
-            time.sleep(0.3)
+            time.sleep(1)
     assert read_bytes(f"{output}/.lock") == b""
 
 
@@ -483,7 +483,7 @@ def test_a_profile_with_a_role_reads_and_writes(moto, monkeypatch, tmp_path):
 def test_swapping_where_conditions_are_not_heeded(moto, monkeypatch):
     heedless = Heedless(int(os.environ["AWS_ENDPOINT_URL"].rpartition(":")[2]))
     monkeypatch.setenv("AWS_ENDPOINT_URL", heedless.endpoint)
-    monkeypatch.setattr("scacam.storage.stores._SETTLING_S", 0.2)
+    monkeypatch.setattr("scacam.storage.stores._SETTLING_S", 1.0)
     open_bucket.cache_clear()
     handler = locate(f"s3://{BUCKET}")[0].handler
     path = f"{BUCKET}/heedless"
